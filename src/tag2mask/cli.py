@@ -1,0 +1,253 @@
+"""The command line. Everything heavy is imported inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tag2mask.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from tag2mask.run import Options, Run
+
+app = typer.Typer(
+    name="tag2mask",
+    help="From image-level tags to segmentation masks, and from masks to a trained segmenter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Work = Annotated[
+    Path, typer.Option("--work", help="Folder for everything a run makes; the same command resumes in it.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("-s", "--set", metavar="KEY=VALUE", help="Change a setting, e.g. classify.train.lr=0.02"),
+]
+DeviceName = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes (training) and threads (inference) that load images.")]
+SaveEvery = Annotated[int, typer.Option(min=1, help="Optimiser steps between checkpoints.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, for scripts.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of images, searched with its sub-folders.")]
+Tags = Annotated[
+    Path | None,
+    typer.Option(
+        help="Tags: one-hot CSV, image,tags CSV, or JSON. Without it the names of the sub-folders are the tags."
+    ),
+]
+Classes = Annotated[str | None, typer.Option(help="Class names in order, separated by commas.")]
+List = Annotated[Path | None, typer.Option("--list", help="Text file: images to train on. Default: all but --test.")]
+Score = Annotated[Path | None, typer.Option(help="Text file: training images whose masks are scored. Default: all.")]
+Test = Annotated[Path | None, typer.Option(help="Text file: images kept for testing the segmenter.")]
+Truth = Annotated[Path | None, typer.Option("--masks", help="Folder of true masks (index PNG), used only for scoring.")]
+Backbone = Annotated[str | None, typer.Option(help="Any timm model, e.g. resnet50.")]
+Weights = Annotated[
+    str | None, typer.Option(help='"hub" (download), a .safetensors or .pth file, or "none" (from scratch).')
+]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the images when training the classifier.")]
+
+
+@app.command()
+def demo(
+    work: Work = Path("work"), set_: Set = None, device: DeviceName = "auto", workers: Workers = 2,
+    save_every: SaveEvery = 200, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Run everything on the built-in scenes: tags -> CAMs -> masks -> segmenter -> report, in minutes on a CPU."""
+    _run("demo", set_ or [], work, _options(device, workers, save_every), as_json)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe (see `tag2mask ls`) or a YAML file.")],
+    set_: Set = None, work: Work = Path("work"), device: DeviceName = "auto", workers: Workers = 2,
+    save_every: SaveEvery = 200, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Carry out a recipe. Finished stages are skipped, a stopped one goes on, a changed one gets a new folder."""
+    _run(recipe, set_ or [], work, _options(device, workers, save_every), as_json)
+
+
+@app.command()
+def masks(
+    folder: Folder,
+    tags: Tags = None, classes: Classes = None, list_: List = None, score: Score = None, test: Test = None,
+    truth: Truth = None, backbone: Backbone = None, weights: Weights = None, epochs: Epochs = None,
+    recipe: Annotated[str, typer.Option(help="The recipe for folders, built-in or a YAML file.")] = "folder",
+    set_: Set = None, work: Work = Path("work"), device: DeviceName = "auto", workers: Workers = 2,
+    save_every: SaveEvery = 200, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Masks for your tagged images, and a segmenter for those without tags."""
+    from tag2mask import api
+
+    data = _folder_settings(tags, classes, list_, score, test, truth)
+    network = api.network_overrides(recipe, backbone=backbone, weights=weights, epochs=epochs)
+    loaded = api.folder_recipe(folder, data, [*network, *(set_ or [])], recipe=recipe)
+    _run(loaded, [], work, _options(device, workers, save_every), as_json)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A work folder, or one of its segment-... folders.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images; no tags are needed.")],
+    out: Annotated[Path, typer.Option(help="Where masks/ (and overlays/) are written.")] = Path("predicted"),
+    overlays: Annotated[bool, typer.Option(help="Also write pictures of the masks over the images.")] = True,
+    device: DeviceName = "auto",
+    workers: Workers = 2,
+) -> None:
+    """Masks of untagged images by a trained segmenter."""
+    from tag2mask import api
+
+    count = api.predict(model, folder, out, overlays=overlays, device=device, workers=workers)
+    typer.echo(f"{count} masks in {out / 'masks'}" + (f", pictures in {out / 'overlays'}" if overlays else ""))
+
+
+@app.command()
+def evaluate(
+    predicted: Annotated[Path, typer.Argument(help="Folder of index masks (PNG).")],
+    truth: Annotated[Path, typer.Argument(help="Folder of true index masks; each must have a predicted one.")],
+    classes: Annotated[str, typer.Option(help="Class names in order, separated by commas; mask value 1 is the first.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two folders of index masks: mean IoU, and IoU, precision and recall of each class."""
+    from tag2mask import api, tables
+
+    scores = api.evaluate(predicted, truth, [c.strip() for c in classes.split(",")])
+    typer.echo(json.dumps(scores, indent=1) if as_json else tables.per_class(scores))
+
+
+@app.command()
+def report(
+    work: Annotated[Path, typer.Argument(help="The folder that was used as --work.")] = Path("work"),
+    name: Annotated[str | None, typer.Option(help="Of which recipe, if several were run there.")] = None,
+) -> None:
+    """Write the page of a run again and print its path."""
+    from tag2mask import api
+
+    typer.echo(api.report(work, name))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file.")],
+    set_: Set = None, work: Work = Path("work"), as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Check a recipe and its data and show what would be run, without running it."""
+    from tag2mask import api, tables
+
+    prepared = api.prepare(api.load(recipe, set_ or []), work)
+    stages = [
+        {"stage": s.name, "do": s.kind, "state": s.state(work), "folder": s.folder(work).name} for s in prepared.stages
+    ]
+    typer.echo(json.dumps(stages, indent=1) if as_json else tables.rows(stages))
+
+
+@app.command()
+def status(
+    work: Annotated[Path, typer.Argument(help="The folder that was used as --work.")] = Path("work"),
+    name: Annotated[str | None, typer.Option(help="Of which recipe, if several were run there.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far a run is: its stages, their state, time and results."""
+    from tag2mask import tables
+
+    state = tables.status(work, name)
+    typer.echo(json.dumps(state, indent=1) if as_json else tables.rows(state))
+
+
+@app.command()
+def check(
+    folder: Folder,
+    tags: Tags = None, classes: Classes = None, list_: List = None, score: Score = None, test: Test = None,
+    truth: Truth = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Look a folder and its tags over: every fault in one report, or what there is."""
+    from tag2mask import tables
+    from tag2mask.data import folder as folders
+
+    given = _folder_settings(tags, classes, list_, score, test, truth)
+    source = folders.Folder(images=str(folder), **{key: value for key, value in given.items() if value is not None})
+    source.check()
+    summary = source.summary()
+    typer.echo(json.dumps(summary, indent=1) if as_json else tables.summary(summary))
+
+
+@app.command()
+def ls(as_json: AsJson = False) -> None:
+    """What there is: recipes, baselines, methods, segmenters, stages."""
+    from tag2mask import tables
+
+    there = tables.available()
+    typer.echo(json.dumps(there, indent=1) if as_json else tables.sections(there))
+
+
+@app.command()
+def describe(
+    name: Annotated[str, typer.Argument(help="A recipe, baseline, method, segmenter or stage.")],
+    as_json: AsJson = False,
+) -> None:
+    """What something is, and all its settings with their defaults."""
+    from tag2mask import tables
+
+    found = tables.describe(name)
+    typer.echo(json.dumps(found, indent=1) if as_json else tables.description(found))
+
+
+def _options(device: Literal["auto", "cpu", "cuda", "mps"], workers: int, save_every: int) -> Options:
+    from tag2mask.run import Options
+
+    return Options(device, workers, save_every)
+
+
+def _folder_settings(
+    tags: Path | None,
+    classes: str | None,
+    list_: Path | None,
+    score: Path | None,
+    test: Path | None,
+    truth: Path | None,
+) -> dict[str, Any]:
+    """The options of `masks` and `check` as arguments of data.folder.Folder."""
+    paths = {"tags": tags, "list": list_, "score": score, "test": test, "masks": truth}
+    found: dict[str, Any] = {key: None if path is None else str(path) for key, path in paths.items()}
+    return found | {"classes": [name.strip() for name in classes.split(",")] if classes else None}
+
+
+def _run(recipe: Any, overrides: list[str], work: Path, options: Options, as_json: bool) -> None:
+    from tag2mask import api, tables
+
+    done: Run = api.run(recipe, overrides, work=work, options=options)
+    if not api.is_main_process():
+        return
+    outcome = tables.outcome(done, api.report(work, done.recipe.name))
+    typer.echo(json.dumps(outcome, indent=1) if as_json else tables.outcome_text(outcome))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit code 2, an interruption says how to go on."""
+    signal.signal(signal.SIGINT, lambda *_: _interrupt(130))
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt(75))
+    try:
+        app()
+    except UserError as fault:
+        print(f"tag2mask: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"tag2mask: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _interrupt(code: int) -> None:
+    raise Interrupted(code)
+
+
+if __name__ == "__main__":
+    main()

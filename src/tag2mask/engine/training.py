@@ -1,0 +1,86 @@
+"""How long, how fast: the settings of a training, its optimiser and its learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from tag2mask.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Settings that change the numbers, hence part of a stage's key.
+
+    epochs or steps: how long; give exactly one. batch: global, the same on 1 or 8 devices. lr: of the backbone;
+    lr_new multiplies it for everything else (heads), lr_bias for biases and norms, which get no weight decay
+    either. optimizer: sgd (with momentum) or adamw. power: lr falls as (1 - step/steps)^power; 0 keeps it
+    constant; warmup: share of the steps over which it first rises linearly. clip: largest gradient norm, 0 = no
+    clipping. seed: of initial weights, order and augmentation.
+    """
+
+    epochs: float | None = None
+    steps: int | None = None
+    batch: int = 16
+    lr: float = 0.01
+    lr_new: float = 10.0
+    lr_bias: float = 1.0
+    weight_decay: float = 5e-4
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    power: float = 0.9
+    warmup: float = 0.0
+    clip: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise UserError("train: give either epochs or steps")
+        if (
+            self.batch < 1
+            or (self.steps is not None and self.steps < 1)
+            or (self.epochs is not None and self.epochs <= 0)
+        ):
+            raise UserError("train: batch, steps and epochs must be positive")
+
+    def total_steps(self, images: int) -> int:
+        """Number of optimiser steps on a training set of `images` images."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * images / self.batch))
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Factor on every group's learning rate at `step` (from 0)."""
+        rising = int(self.warmup * steps)
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return float((1 - min(step, steps) / steps) ** self.power)
+
+
+def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer | None:
+    """Four groups, {backbone, new} x {weights, biases and norms}; None when nothing is to be trained.
+
+    The backbone is every module that carries `trunk = True`.
+    """
+    trunk = {id(p) for m in model.modules() if getattr(m, "trunk", False) is True for p in m.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            groups.setdefault((id(p) not in trunk, p.ndim < 2), []).append(p)
+    described = [
+        {
+            "params": parameters,
+            "factor": (training.lr_new if new else 1.0) * (training.lr_bias if bias else 1.0),
+            "weight_decay": 0.0 if bias else training.weight_decay,
+        }
+        for (new, bias), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    if not described:
+        return None
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(described, lr=training.lr)
+    return torch.optim.SGD(described, lr=training.lr, momentum=training.momentum)

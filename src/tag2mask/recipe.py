@@ -1,0 +1,197 @@
+"""A recipe: the pipeline written out as YAML, flat, checked against the signatures of what it names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tag2mask import schema
+from tag2mask.data.folder import Folder
+from tag2mask.data.scenes import Scenes
+from tag2mask.data.source import CheckedSource
+from tag2mask.errors import UserError
+from tag2mask.pipeline import Stage
+from tag2mask.schema import Settings
+from tag2mask.stages import STAGES
+
+SOURCES = {"scenes": Scenes, "folder": Folder}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: every default filled in, every name known, every input an earlier stage.
+
+    stages: name -> {"do": kind, **settings}, in order.
+    """
+
+    name: str
+    title: str
+    data: Settings
+    stages: dict[str, Settings]
+
+    def source(self) -> CheckedSource:
+        """The data set; cheap, nothing is decoded. Raises UserError for what can be seen at a glance."""
+        source: CheckedSource = schema.make(SOURCES[self.data["name"]], self.data)
+        return source
+
+    def plan(self, fingerprint: str) -> list[Stage]:
+        """The stages ready to run on the data with this fingerprint."""
+        planned: dict[str, Stage] = {}
+        for name, settings in self.stages.items():
+            kind = STAGES[settings["do"]]
+            inputs = input_names(settings["do"])
+            used = {key: value for key, value in settings.items() if key != "do" and key not in inputs}
+            planned[name] = Stage(
+                name=name,
+                kind=settings["do"],
+                version=kind.version,
+                settings=used,
+                inputs={parameter: planned[settings[parameter]] for parameter in inputs},
+                data=fingerprint,
+                files={str(path): _digest(path) for path in schema.files(kind.function, used)},
+            )
+        return list(planned.values())
+
+    def as_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML that can be run again."""
+        return yaml.safe_dump({"title": self.title, "data": self.data, "stages": _lists(self.stages)}, sort_keys=False)
+
+
+def input_names(kind: str) -> list[str]:
+    """The parameters of a stage that name an earlier stage."""
+    return [f.name for f in schema.fields(STAGES[kind].function).values() if isinstance(f.marker, schema.Input)]
+
+
+def built_in() -> dict[str, str]:
+    """Recipes that come with the package: name -> title."""
+    folder = package_files("tag2mask") / "recipes"
+    found = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return {name.removesuffix(".yaml"): str(_parse((folder / name).read_text(), name)["title"]) for name in found}
+
+
+def load_text(name: str) -> str:
+    """The YAML of a built-in recipe as it was written. Raises UserError for an unknown name."""
+    return _text(name)[1]
+
+
+def load(which: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A built-in recipe by name or a YAML file by path, with `key=value` overrides applied, checked.
+
+    Raises UserError with one line per fault, each with its path in the recipe.
+    """
+    name, text = _text(which)
+    tree = override(_parse(text, str(which)), overrides)
+    for key in tree:
+        if key not in ("title", "data", "stages"):
+            raise UserError(f"{name}: {key}: unknown; a recipe has title, data and stages")
+    faults: list[str] = []
+    data = tree.get("data") or {}
+    source = data.get("name") if isinstance(data, dict) else None
+    if source not in SOURCES:
+        faults.append(f"data.name: {source!r} is unknown; there is {', '.join(SOURCES)}")
+    else:
+        settings = {key: value for key, value in data.items() if key != "name"}
+        data = {"name": source} | _try(faults, SOURCES[source], settings, "data")
+    stages: dict[str, Settings] = {}
+    for stage, given in (tree.get("stages") or {}).items():
+        stages[stage] = _stage(stage, given, stages, faults)
+    if not stages:
+        faults.append("stages: missing; a recipe needs at least one stage")
+    if faults:
+        raise UserError("\n".join(faults))
+    return Recipe(name, str(tree.get("title", name)), data, stages)
+
+
+def override(tree: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """["classify.train.lr=0.02"] -> the tree with that leaf replaced; "stages." may be left out; values are YAML.
+
+    Raises UserError for a setting without "=" or whose first word is no stage.
+    """
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise UserError(f"-s {setting}: must be key=value, such as classify.train.lr=0.02")
+        if keys[0] not in ("title", "data", "stages"):
+            known = tree.get("stages") or {}
+            if keys[0] not in known:
+                raise UserError(f"-s {setting}: no stage {keys[0]!r}; {schema.meant(keys[0], {**known, 'data': None})}")
+            keys = ["stages", *keys]
+        node = tree
+        for key in keys[:-1]:
+            if not isinstance(node.setdefault(key, {}), dict):
+                raise UserError(f"-s {setting}: {key} is a value, it has no settings inside")
+            node = node[key]
+        try:
+            node[keys[-1]] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"-s {setting}: the value is not valid YAML; quote it") from None
+    return tree
+
+
+def _stage(name: str, given: Any, earlier: dict[str, Settings], faults: list[str]) -> Settings:
+    kind = given.get("do") if isinstance(given, dict) else None
+    if kind not in STAGES:
+        faults.append(f"{name}.do: {kind!r} is no kind of stage; {schema.meant(str(kind), STAGES)}")
+        return {}
+    settings = {key: value for key, value in given.items() if key != "do"}
+    checked = {"do": kind} | _try(faults, STAGES[kind].function, settings, name)
+    for parameter, field in schema.fields(STAGES[kind].function).items():
+        source = checked.get(parameter)
+        if not isinstance(field.marker, schema.Input) or source is None:
+            continue
+        if source not in earlier:
+            faults.append(f"{name}.{parameter}: no earlier stage {source!r}; {schema.meant(str(source), earlier)}")
+        elif earlier[source].get("do") not in (*field.marker.kinds, None):
+            wanted = " or ".join(field.marker.kinds)
+            faults.append(f"{name}.{parameter}: {source} is a {earlier[source]['do']} stage, this needs {wanted}")
+    return checked
+
+
+def _try(faults: list[str], component: Any, settings: Any, where: str) -> Settings:
+    try:
+        return schema.check(component, settings, where)
+    except UserError as fault:
+        faults.extend(str(fault).splitlines())
+        return {}
+
+
+def _text(which: str | Path) -> tuple[str, str]:
+    path = Path(which)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            return path.stem, path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    known = built_in()
+    if str(which) not in known:
+        raise UserError(f"no recipe {str(which)!r}; {schema.meant(str(which), known)}, or give a path ending in .yaml")
+    return str(which), (package_files("tag2mask") / "recipes" / f"{which}.yaml").read_text(encoding="utf-8")
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: a recipe is a mapping with title, data and stages")
+    return tree
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as lists, so that YAML stays plain."""
+    if isinstance(value, dict):
+        return {key: _lists(inner) for key, inner in value.items()}
+    return [_lists(inner) for inner in value] if isinstance(value, (list, tuple)) else value

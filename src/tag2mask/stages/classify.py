@@ -1,0 +1,90 @@
+"""Stage: train a network on tags. Also how its folder is read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tag2mask.baselines import BASELINES
+from tag2mask.core import Baseline, Method, Objective
+from tag2mask.data.augment import Augment, Crops, collate
+from tag2mask.data.source import Source
+from tag2mask.engine import Training, fit
+from tag2mask.errors import UserError
+from tag2mask.methods import METHODS
+from tag2mask.ops.seed import seed_of
+from tag2mask.pipeline import read_json, write_json
+from tag2mask.schema import ManyOf, OneOf, Settings, make
+from tag2mask.stages.context import Context
+
+MODEL, WEIGHTS = "model.json", "model.safetensors"
+
+
+def classify(
+    ctx: Context,
+    *,
+    net: Annotated[Settings, OneOf(BASELINES)],
+    train: Training,
+    methods: Annotated[Settings | None, ManyOf(METHODS)] = None,
+    augment: Augment = Augment(),  # noqa: B008  (frozen)
+    bf16: bool = False,
+) -> None:
+    """Train a baseline with any methods on the tags of the train split.
+
+    net: the baseline and its settings. methods: what is added to it. train: how long and how fast. augment: what is
+    done to the images. bf16: forward passes in bfloat16, losses in float32.
+    """
+    weights = ctx.out / WEIGHTS
+    if not weights.exists():
+        torch.manual_seed(seed_of(train.seed))
+        objective = _build(net, methods or {}, len(ctx.source.classes), bf16)
+        crops = Crops(ctx.source.split("train"), augment, seed=train.seed, side=objective.net.needs)
+        fit(
+            objective, crops, collate, train, ctx.out, ctx.devices,
+            label="classify", workers=ctx.workers, save_every=ctx.save_every, log_every=ctx.log_every,
+        )  # fmt: skip
+        if ctx.devices.main:
+            description = {"net": net, "methods": methods or {}, "classes": list(ctx.source.classes), "bf16": bf16}
+            write_json(ctx.out / MODEL, description)
+            save_weights(objective, weights)
+    ctx.devices.wait()
+    if ctx.devices.main:
+        (ctx.out / "last.ckpt").unlink(missing_ok=True)
+
+
+def check_classifier(source: Source, settings: Settings) -> None:
+    """Build the network once, before anything runs. Raises UserError if it cannot be built or lacks a side input."""
+    net = settings["net"]
+    objective = _build(net, settings["methods"], len(source.classes), settings["bf16"])
+    missing = sorted(objective.net.needs - source.split("train").side.keys())
+    if missing:
+        raise UserError(f"net: {net['name']} needs {', '.join(missing)} maps; give data.{missing[0]}")
+
+
+def load_classifier(folder: Path) -> Objective:
+    """The trained objective of a classify stage, in evaluation mode on the CPU."""
+    model = read_json(folder / MODEL)
+    objective = _build(without_weights(model["net"]), model["methods"], len(model["classes"]), model["bf16"])
+    objective.load_state_dict(load_file(folder / WEIGHTS))
+    return objective.eval()
+
+
+def save_weights(model: torch.nn.Module, path: Path) -> None:
+    """Write parameters and buffers as safetensors, whole or not at all."""
+    part = path.with_suffix(".part")
+    save_file({name: x.detach().cpu().clone().contiguous() for name, x in model.state_dict().items()}, part)
+    part.replace(path)
+
+
+def without_weights(settings: Settings) -> Settings:
+    """Settings of a network whose weights will be read from a checkpoint: nothing is downloaded again."""
+    return settings | {"backbone": settings["backbone"] | {"weights": None}}
+
+
+def _build(net: Settings, methods: Settings, num_classes: int, bf16: bool) -> Objective:
+    baseline: Baseline = make(BASELINES[net["name"]], net, num_classes=num_classes)
+    parts: dict[str, Method] = {name: make(METHODS[name], settings) for name, settings in methods.items()}
+    return Objective(baseline, parts, num_classes=num_classes, bf16=bf16)

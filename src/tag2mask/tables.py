@@ -1,0 +1,174 @@
+"""What the command line prints: results, stages, what there is - as plain values (for --json) and as text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tag2mask import collect, schema
+from tag2mask import recipe as recipes
+from tag2mask.baselines import BASELINES
+from tag2mask.errors import UserError
+from tag2mask.methods import METHODS
+from tag2mask.pipeline import MANIFEST, read_json
+from tag2mask.run import Run
+from tag2mask.segment import SEGMENTERS
+from tag2mask.stages import STAGES
+
+Row = Mapping[str, Any]
+
+
+def outcome(run: Run, report: Path) -> dict[str, Any]:
+    """What a finished run is about: its results, and where masks, model and report are."""
+    record = collect.find_record(run.work, run.recipe.name)
+    return {
+        "results": collect.results(run.work, record),
+        "masks": [str(folder / "masks") for folder in run.folders("labels")],
+        "models": [str(folder) for folder in run.folders("segment")],
+        "report": str(report),
+    }
+
+
+def outcome_text(found: Mapping[str, Any]) -> str:
+    """The result table and the paths, for people."""
+    lines = [rows([_result_row(result) for result in found["results"]])]
+    lines += [f"masks   {path}" for path in found["masks"]]
+    lines += [f"model   {path}" for path in found["models"]]
+    return "\n".join([*lines, f"report  {found['report']}"])
+
+
+def _result_row(result: Row) -> Row:
+    if result["kind"] == "classifier":
+        measured, value = "tag scores, mean AP", result.get("map")
+    else:
+        measured, value = {"maps": "CAM seeds, mIoU"}.get(result["kind"], "masks, mIoU"), result.get("miou")
+    note = result.get("skipped", "")
+    if "threshold" in result:
+        note = f"threshold {result['threshold']:.2f} ({result['threshold_by']})"
+    shown = "-" if value is None else f"{100 * value:.1f}"
+    where = f"{result['split']}, {result['images']} images"
+    return {"stage": result["stage"], "measured": measured, "of": result["of"], "%": shown, "on": where, "note": note}
+
+
+def status(work: Path, name: str | None) -> list[Row]:
+    """State, time and device of every stage of a run, and its main number. Raises UserError if there is no run."""
+    record = collect.find_record(work, name)
+    numbers = {r["stage"]: r.get("miou", r.get("map")) for r in collect.results(work, record)}
+    found: list[Row] = []
+    for stage, entry in record["stages"].items():
+        folder = work / entry["folder"]
+        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+        number = numbers.get(stage)
+        found.append(
+            {
+                "stage": stage,
+                "state": "done" if manifest else "partial" if folder.exists() else "to do",
+                "seconds": manifest.get("seconds"),
+                "result": None if number is None else round(100 * number, 1),
+                "folder": entry["folder"],
+            }
+        )
+    return found
+
+
+def available() -> dict[str, dict[str, str]]:
+    """Names and first lines of everything a recipe can name."""
+    sections: dict[str, Mapping[str, Callable[..., Any]]] = {
+        "data": recipes.SOURCES,
+        "baselines": BASELINES,
+        "methods": METHODS,
+        "segmenters": SEGMENTERS,
+        "stages": {name: kind.function for name, kind in STAGES.items()},
+    }
+    there = {"recipes": recipes.built_in()}
+    return there | {title: {n: _first_line(c) for n, c in table.items()} for title, table in sections.items()}
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A recipe's text, or a component's documentation and settings. Raises UserError for an unknown name."""
+    if name in recipes.built_in():
+        loaded = recipes.load_text(name)
+        return {"name": name, "text": loaded}
+    everything: dict[str, Callable[..., Any]] = {
+        **recipes.SOURCES, **BASELINES, **METHODS, **SEGMENTERS,
+        **{stage: kind.function for stage, kind in STAGES.items()},
+    }  # fmt: skip
+    if name not in everything:
+        raise UserError(f"nothing is called {name!r}; {schema.meant(name, {**everything, **recipes.built_in()})}")
+    component = everything[name]
+    settings = [
+        {
+            "setting": key,
+            "type": _type_name(field.type),
+            "default": "required" if field.required else repr(field.default),
+        }
+        for key, field in schema.fields(component).items()
+    ]
+    return {"name": name, "text": inspect.getdoc(component) or "", "settings": settings}
+
+
+def description(found: Mapping[str, Any]) -> str:
+    """`describe` as text."""
+    return f"{found['text']}\n\n{rows(found['settings'])}" if found.get("settings") else str(found["text"])
+
+
+def per_class(scores: Mapping[str, Any]) -> str:
+    """IoU, precision and recall of each class, and the mean IoU."""
+    table = [
+        {"class": name, **{key: _percent(scores[key][name]) for key in ("iou", "precision", "recall")}}
+        for name in scores["iou"]
+    ]
+    return f"{rows(table)}\nmean IoU {_percent(scores['miou'])} over {scores['images']} images"
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """A data set's summary as text."""
+    lines = []
+    for key, value in found.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
+        lines.append(f"{key:<12} {shown}")
+    return "\n".join(lines)
+
+
+def sections(there: Mapping[str, Mapping[str, str]]) -> str:
+    """Titled lists of names and what they are."""
+    return "\n".join(
+        f"{title}\n" + "".join(f"  {name:<22} {line}\n" for name, line in entries.items())
+        for title, entries in there.items()
+        if entries
+    ).rstrip()
+
+
+def rows(table: Sequence[Row]) -> str:
+    """A table with the keys of the first row as its head."""
+    if not table:
+        return "nothing"
+    drawn = Table(box=None, header_style="bold", pad_edge=False)
+    for key in table[0]:
+        drawn.add_column(
+            key, justify="right" if key in ("%", "seconds", "result", "iou", "precision", "recall") else "left"
+        )
+    for row in table:
+        drawn.add_row(*("-" if value is None else str(value) for value in row.values()))
+    console = Console(file=StringIO(), width=200, highlight=False, markup=False)
+    console.print(drawn)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in printed.splitlines())
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _first_line(component: Callable[..., Any]) -> str:
+    return (inspect.getdoc(component) or "").split("\n")[0]
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
