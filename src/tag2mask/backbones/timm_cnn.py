@@ -41,7 +41,8 @@ class TimmCNN(nn.Module):
 
     def __init__(self, settings: BackboneSettings) -> None:
         super().__init__()
-        self.body = _create(settings)
+        # Convolutions are up to 1.5 times faster with channels last, on CPUs and on tensor cores.
+        self.body = _create(settings).to(memory_format=torch.channels_last)
         weights = settings.weights
         self.freeze_norm = settings.freeze_norm if settings.freeze_norm is not None else weights is not None
         if self.freeze_norm:
@@ -53,6 +54,7 @@ class TimmCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Features:
         """[B 3 H W] -> {tap: [B D h w]}."""
+        images = images.contiguous(memory_format=torch.channels_last)
         last, stages = cast(Any, self.body).forward_intermediates(
             images, indices=list(self._levels.values()), norm=False
         )

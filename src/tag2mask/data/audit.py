@@ -49,7 +49,7 @@ def audit_names(table: TagTable, classes: Sequence[str] | None, faults: Faults) 
 
     Returns the names that were reported.
     """
-    counts = Counter({name: 0 for name in table.columns})
+    counts = Counter(dict.fromkeys(table.columns, 0))
     first: dict[str, str] = {}
     for row in table.rows:
         for tag in row.tags:

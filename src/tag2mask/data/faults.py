@@ -21,6 +21,11 @@ class Kind(Enum):
     )
     UNLISTED = "listed names without an image", "correct the list, or add the image"
     LEAK = "images in both the training list and the test list", "take them off one: such a test would flatter"
+    NOT_TRAINED = (
+        "scored images that are not in the training list",
+        "add them to the list, or take them off: masks are made from tags for the training images, and scored there; "
+        "held-out images go into `test`",
+    )
     NO_TAGS = (
         "images without tags",
         "add a row for each; an image that shows none of the classes gets a row with no tag (all cells 0)",
@@ -104,6 +109,7 @@ class Faults:
         return any(kind in self._found for kind in kinds)
 
     def copy(self) -> Faults:
+        """The same faults, to add others to."""
         other = Faults()
         other._found = {kind: list(offenders) for kind, offenders in self._found.items()}
         other._counts = self._counts.copy()

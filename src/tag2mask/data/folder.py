@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tag2mask.data.audit import (
+    audit_agreement,
     audit_cells,
     audit_counts,
-    audit_agreement,
     audit_images,
     audit_masks,
     audit_names,
@@ -71,7 +71,7 @@ class Folder:
         self._faults = Faults()
         self._facts: Mapping[File, Facts] | None = None
         self._layout = lay_out(images, masks, saliency, list, score, test, self._faults)
-        names = self._layout.finder.names
+        names = sorted(self._layout.finder.names)
         if tags is None and not any("/" in name for name in names):
             raise UserError(
                 f"{images}: no tags. Give a tag file (`tags`), or sort the images into a sub-folder per tag."

@@ -150,6 +150,7 @@ def wrong_values(values: Iterable[int], num_classes: int) -> str:
 
 
 def mask_remedy(num_classes: int) -> str:
+    """How a mask must be saved, as a sentence without its full stop."""
     classes = "1 for the class" if num_classes == 1 else f"1..{num_classes} for the classes in order"
     return f"save masks as index PNG: 0 for background, {classes}, 255 for pixels to ignore"
 

@@ -81,6 +81,7 @@ def lay_out(
     mask_files = _beside(mask_root, MASK_ENDINGS, "masks", found)
     if score:
         scored = _listed("score", score, finder, faults)
+        faults.add(Kind.NOT_TRAINED, sorted(set(scored) - set(trained)))
     else:
         scored = tuple(name for name in trained if name in mask_files) or trained
     if masks:

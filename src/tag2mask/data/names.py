@@ -126,6 +126,7 @@ def clean(written: str) -> str:
 
 
 def without_ending(name: str) -> str:
+    """The name without the ending of an image; other text after a dot is part of the name."""
     stem, dot, ending = name.rpartition(".")
     return stem if stem and dot + ending.lower() in ENDINGS else name
 

@@ -50,8 +50,15 @@ class Source(Protocol):
     whenever an image, a mask or a tag does, and is part of every stage's key.
     """
 
-    classes: tuple[str, ...]
-    fingerprint: str
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the K foreground classes, in the order of every class axis."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever an image, a mask, a tag or a split does; part of every stage's key."""
+        ...
 
     def split(self, name: Split) -> Samples:
         """The samples of one split, in a fixed order."""

@@ -94,7 +94,7 @@ Cache: TypeAlias = dict[str, tuple[tuple[int, int], Facts]]
 
 
 def _key(file: File) -> str:
-    return f"{file[0]}:{os.path.abspath(file[1])}"
+    return f"{file[0]}:{file[1].absolute()}"
 
 
 def _load(cache: Path) -> Cache:

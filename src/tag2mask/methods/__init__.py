@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from tag2mask.core import Method
+from tag2mask.methods.ppc import PPC
 
-METHODS: Mapping[str, type[Method]] = {}
+METHODS: Mapping[str, type[Method]] = {"ppc": PPC}
 
-__all__ = ["METHODS"]
+__all__ = ["METHODS", "PPC"]

@@ -42,6 +42,13 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
+def resize_corners(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, [B K h w] -> [B K H W], corners aligned: how SEAM and what builds on it resize."""
+    if tuple(maps.shape[-2:]) == size:
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
+
+
 def power_background(maps: Tensor, alpha: float) -> Tensor:
     """Background score (1 - max_k map)^alpha, [K h w] -> [h w] (PSA, Ahn & Kwak 2018, eq. 2); K = 0 gives ones."""
     if len(maps) == 0:

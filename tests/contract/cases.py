@@ -1,0 +1,185 @@
+"""The objectives under contract, and small data to try them on. A new baseline or method is one line in PAIRS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tag2mask import schema
+from tag2mask.baselines import BASELINES
+from tag2mask.core import FULL, Batch, Method, Objective, Progress, View
+from tag2mask.data.augment import Sample, collate
+from tag2mask.engine import Devices, Training, fit
+from tag2mask.methods import METHODS
+from tag2mask.ops.gather import sum_over_processes
+
+
+class Example(Method):
+    """A method with one of everything: a second view, a head, an epoch counter, prototypes that are gathered.
+
+    It holds the harness itself to account while there are few real methods, and shows what a method looks like.
+    """
+
+    views = (FULL, View(scale=0.5))
+
+    def bind(self, net, num_classes):
+        self.head = nn.Conv2d(net.dims["last"], 8, kernel_size=1)
+        self.register_buffer("prototypes", torch.zeros(num_classes, 8))
+        self.register_buffer("seen", torch.zeros(num_classes))
+        self.register_buffer("epochs", torch.zeros((), dtype=torch.long))
+
+    def losses(self, batch, outs, progress):
+        full, half = (outs[view] for view in self.views)
+        regions = self._regions(full, batch.tags)
+        present = batch.tags * self.seen
+        scores = torch.einsum("bkd,jd->bkj", F.normalize(regions, dim=-1), F.normalize(self.prototypes, dim=-1))
+        wrong = F.cross_entropy(scores.flatten(0, 1) / 0.1, self._own(batch), reduction="none").view_as(present)
+        other = self._regions(half, batch.tags)
+        apart = (1 - F.cosine_similarity(regions, other, dim=-1)) * batch.tags
+        self._regions_seen, self._tags_seen = regions.detach(), batch.tags
+        return {"own": (wrong * present).sum(1).mean(), "scale": progress.done * apart.sum(1).mean()}
+
+    def on_epoch_start(self, epoch):
+        self.epochs.fill_(epoch + 1)
+
+    @torch.no_grad()
+    def after_step(self, net):
+        count = sum_over_processes(self._tags_seen.sum(0))
+        mean = sum_over_processes((self._regions_seen * self._tags_seen[..., None]).sum(0)) / count.clamp(min=1)[:, None]
+        self.prototypes.lerp_(mean, 0.5 * (count > 0).float()[:, None])
+        self.seen.copy_(torch.maximum(self.seen, (count > 0).float()))
+
+    @torch.no_grad()
+    def cams(self, out, tags):
+        return out.best * tags[:, :, None, None]
+
+    def _regions(self, out, tags):
+        weight = F.softplus(out.cams) * tags[:, :, None, None]
+        weight = weight / weight.sum(dim=(2, 3), keepdim=True).clamp(min=1e-5)
+        return torch.einsum("bkhw,bdhw->bkd", weight, self.head(out.features["last"]))
+
+    @staticmethod
+    def _own(batch):
+        images, classes = batch.tags.shape
+        return torch.arange(classes, device=batch.tags.device).repeat(images)
+
+
+TABLE: Mapping[str, Any] = {**METHODS, "example": Example}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A baseline and the methods on it, with settings that suit images of 64 pixels.
+
+    untrained: parameters (beginnings of names) that rightly get no gradient. background: where a class axis with one
+    place more than there are classes keeps the background, by state entry (beginning of its name): "first" or "last".
+    leaks: why a method may send gradients into the maps of classes that no image of the batch has.
+    """
+
+    net: str
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    untrained: tuple[str, ...] = ()
+    background: Mapping[str, str] = field(default_factory=dict)
+    leaks: str = ""
+
+    def __str__(self) -> str:
+        return "+".join((self.net, *self.methods))
+
+
+PAIRS = (
+    Pair("cam"),
+    Pair("cam", {"example": {}}),
+)  # fmt: skip
+
+CLASSES = 5
+BACKBONE = {"name": "test_resnet", "weights": None, "output_stride": 8, "freeze_norm": True}
+SIZE = 64
+# The first image shows several classes, the third none; nothing shows the last class.
+TAGS = [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0]]
+
+
+def build(pair: Pair, *, num_classes: int = CLASSES, bf16: bool = False, seed: int = 0) -> Objective:
+    """The objective of a pair, made from settings as a recipe would."""
+    torch.manual_seed(seed)
+    net = BASELINES[pair.net]
+    settings = schema.check(net, {"backbone": BACKBONE, **pair.settings}, "net")
+    parts = {name: schema.make(TABLE[name], schema.check(TABLE[name], s, name)) for name, s in pair.methods.items()}
+    objective = Objective(
+        schema.make(net, settings, num_classes=num_classes), parts, num_classes=num_classes, bf16=bf16
+    )
+    return objective.train()
+
+
+def batch_of(tags: list[list[int]] | None = None, *, seed: int = 0, size: int = SIZE) -> Batch:
+    """Smooth random images with the given tags, a saliency map for those who ask, and a padded corner."""
+    rows = torch.tensor(TAGS if tags is None else tags, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(seed)
+    images = F.interpolate(torch.randn(len(rows), 3, 8, 8, generator=draw), size=(size, size), mode="bicubic")
+    valid = torch.ones(len(rows), 1, size, size)
+    valid[0, :, : size // 4] = 0
+    saliency = F.interpolate(torch.rand(len(rows), 1, 8, 8, generator=draw), size=(size, size), mode="bilinear")
+    return Batch(images * valid, rows, torch.arange(len(rows)), valid, {"saliency": saliency * valid})
+
+
+def trained(pair: Pair, steps: int = 4, **options: Any) -> Objective:
+    """An objective after a few steps, so that banks and prototypes hold something."""
+    objective = build(pair, **options)
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.01)
+    for step in range(steps):
+        train_step(objective, optimizer, batch_of(seed=step, tags=[*TAGS[1:], TAGS[0]]), step)
+    return objective
+
+
+def train_step(objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch, step: int) -> dict[str, float]:
+    """One step as `fit` does it, an epoch every two steps. Returns the losses."""
+    torch.manual_seed(step)
+    if step % 2 == 0:
+        objective.on_epoch_start(step // 2)
+    losses = objective(batch, progress_at(step))
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
+    objective.after_step()
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def progress_at(step: int) -> Progress:
+    """Half-way through training and later, when every schedule is under way."""
+    return Progress(epoch=step / 2, done=min(0.5 + step / 20, 1.0), seed=step + 11)
+
+
+class Memory(torch.utils.data.Dataset):
+    """Eight training samples that depend on (epoch, index) alone. `fails_at`: the read that ends in a crash."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.reads, self.fails_at = 0, fails_at
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        epoch, index = place
+        self.reads += 1
+        if self.reads == self.fails_at:
+            raise ConnectionError("the disk is gone")
+        one = batch_of([TAGS[index % 4]], seed=100 * epoch + index)
+        return Sample(
+            one.images[0], one.tags[0], index, one.valid[0], {name: x[0] for name, x in one.side.items()}, None
+        )
+
+
+def fit_in(
+    out: Path, objective: Objective, *, steps: int, devices: Devices, data: Memory | None = None, save_every: int = 100
+) -> dict[str, torch.Tensor]:
+    """Train with `engine.fit` in a folder; the state afterwards."""
+    out.mkdir(parents=True, exist_ok=True)
+    training = Training(steps=steps, batch=4, lr=0.01, lr_new=2.0, clip=5.0, seed=3)
+    fit(objective, data or Memory(), collate, training, out, devices, save_every=save_every, log_every=1)
+    return {name: x.clone() for name, x in objective.state_dict().items()}

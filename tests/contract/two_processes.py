@@ -1,0 +1,16 @@
+"""Started by torchrun: trains every pair for a few steps and writes down what each process ends with."""
+
+import sys
+from pathlib import Path
+
+import torch
+from cases import PAIRS, build, fit_in
+
+from tag2mask.engine import Devices
+
+out, devices = Path(sys.argv[1]), Devices("cpu")
+for pair in PAIRS:
+    state = fit_in(out / str(pair), build(pair), steps=3, devices=devices)
+    torch.save(state, out / f"{pair}.{devices.rank}.pt")
+if devices.world > 1:
+    torch.distributed.destroy_process_group()
