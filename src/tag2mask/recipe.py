@@ -21,6 +21,8 @@ from tag2mask.schema import Settings
 from tag2mask.stages import STAGES
 
 SOURCES = {"scenes": Scenes, "folder": Folder}
+TOP = ("title", "data", "stages")
+WORDS = "a number, yes, no, on or off"  # what YAML does not read as a word
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,21 @@ def load(which: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     name, text = _text(which)
     tree = override(_parse(text, str(which)), overrides)
     for key in tree:
-        if key not in ("title", "data", "stages"):
+        if key not in TOP:
             raise UserError(f"{name}: {key}: unknown; a recipe has title, data and stages")
     faults: list[str] = []
     data = tree.get("data") or {}
     source = data.get("name") if isinstance(data, dict) else None
-    if source not in SOURCES:
+    if not isinstance(source, str) or source not in SOURCES:
         faults.append(f"data.name: {source!r} is unknown; there is {', '.join(SOURCES)}")
     else:
         settings = {key: value for key, value in data.items() if key != "name"}
         data = {"name": source} | _try(faults, SOURCES[source], settings, "data")
     stages: dict[str, Settings] = {}
-    for stage, given in (tree.get("stages") or {}).items():
+    for stage, given in _mapping(tree.get("stages"), f"{name}: stages").items():
+        if not isinstance(stage, str) or not stage or "." in stage or stage in TOP:
+            faults.append(f"stages: {stage!r} cannot be the name of a stage; take a word (in quotes if it is {WORDS})")
+            continue
         stages[stage] = _stage(stage, given, stages, faults)
     if not stages:
         faults.append("stages: missing; a recipe needs at least one stage")
@@ -118,14 +123,16 @@ def override(tree: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise UserError(f"-s {setting}: must be key=value, such as classify.train.lr=0.02")
-        if keys[0] not in ("title", "data", "stages"):
-            known = tree.get("stages") or {}
+        if keys[0] not in TOP:
+            known = _mapping(tree.get("stages"), "stages")
             if keys[0] not in known:
                 raise UserError(f"-s {setting}: no stage {keys[0]!r}; {schema.meant(keys[0], {**known, 'data': None})}")
             keys = ["stages", *keys]
         node = tree
         for key in keys[:-1]:
-            if not isinstance(node.setdefault(key, {}), dict):
+            if node.get(key) is None:
+                node[key] = {}
+            if not isinstance(node[key], dict):
                 raise UserError(f"-s {setting}: {key} is a value, it has no settings inside")
             node = node[key]
         try:
@@ -137,7 +144,7 @@ def override(tree: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
 
 def _stage(name: str, given: Any, earlier: dict[str, Settings], faults: list[str]) -> Settings:
     kind = given.get("do") if isinstance(given, dict) else None
-    if kind not in STAGES:
+    if not isinstance(kind, str) or kind not in STAGES:
         faults.append(f"{name}.do: {kind!r} is no kind of stage; {schema.meant(str(kind), STAGES)}")
         return {}
     settings = {key: value for key, value in given.items() if key != "do"}
@@ -146,8 +153,9 @@ def _stage(name: str, given: Any, earlier: dict[str, Settings], faults: list[str
         source = checked.get(parameter)
         if not isinstance(field.marker, schema.Input) or source is None:
             continue
-        if source not in earlier:
-            faults.append(f"{name}.{parameter}: no earlier stage {source!r}; {schema.meant(str(source), earlier)}")
+        if not isinstance(source, str) or source not in earlier:
+            there = schema.meant(str(source), earlier) if earlier else "it is the first one"
+            faults.append(f"{name}.{parameter}: no earlier stage {source!r}; {there}")
         elif earlier[source].get("do") not in (*field.marker.kinds, None):
             wanted = " or ".join(field.marker.kinds)
             faults.append(f"{name}.{parameter}: {source} is a {earlier[source]['do']} stage, this needs {wanted}")
@@ -167,22 +175,40 @@ def _text(which: str | Path) -> tuple[str, str]:
     if path.suffix in (".yaml", ".yml"):
         try:
             return path.stem, path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
     known = built_in()
     if str(which) not in known:
         raise UserError(f"no recipe {str(which)!r}; {schema.meant(str(which), known)}, or give a path ending in .yaml")
     return str(which), (package_files("tag2mask") / "recipes" / f"{which}.yaml").read_text(encoding="utf-8")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: the first of two stages of one name would be lost without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.composer.ComposerError(None, None, f"{key} is given twice", node.start_mark)
+        return node
+
+
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{where}: a recipe is a mapping with title, data and stages")
     return tree
+
+
+def _mapping(value: Any, where: str) -> dict[Any, Any]:
+    if not isinstance(value, dict | None):
+        raise UserError(f"{where}: must be a mapping of names to stages, not {value!r}")
+    return value or {}
 
 
 def _digest(path: Path) -> str:

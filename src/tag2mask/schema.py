@@ -46,13 +46,16 @@ class WeightsFile:
     """Marks a text parameter that may be the path of a file; its content then belongs to the key of the stage."""
 
 
+Marker = OneOf | ManyOf | Input | WeightsFile
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One parameter of a component: its plain type, its marker (OneOf, ...) if any, and its default."""
+    """One parameter of a component: its type with its bounds, its marker (OneOf, ...) if any, and its default."""
 
     name: str
     type: Any
-    marker: OneOf | ManyOf | Input | WeightsFile | None
+    marker: Marker | None
     default: Any
 
     @property
@@ -70,7 +73,7 @@ def fields(component: Callable[..., Any]) -> dict[str, Field]:
         if parameter.name in PROVIDED:
             continue
         hint, marker = hints.get(parameter.name, Any), None
-        if get_origin(hint) is Annotated:
+        if get_origin(hint) is Annotated and isinstance(get_args(hint)[1], Marker):
             hint, marker = get_args(hint)[:2]
         found[parameter.name] = Field(parameter.name, hint, marker, parameter.default)
     return found
@@ -92,7 +95,7 @@ def _check(component: Callable[..., Any], given: Any, where: str, faults: list[s
     if not isinstance(given, Mapping):
         faults.append(f"{where}: must be a mapping of settings, not {given!r}")
         return {}
-    known = fields(component)
+    known, faults_before = fields(component), len(faults)
     faults += [f"{where}.{key}: unknown; {meant(str(key), known)}" for key in given if key not in known]
     checked: Settings = {}
     for name, field in known.items():
@@ -103,7 +106,7 @@ def _check(component: Callable[..., Any], given: Any, where: str, faults: list[s
             faults.append(f"{path}: missing; give it in the recipe or as -s {path}=VALUE")
         else:
             checked[name] = _value(field, _plain(field.default), path, faults)
-    if not faults and dataclasses.is_dataclass(component):
+    if len(faults) == faults_before and dataclasses.is_dataclass(component):
         try:
             make(component, checked)  # its __post_init__ checks what concerns several fields
         except UserError as fault:
@@ -122,11 +125,13 @@ def _value(field: Field, value: Any, path: str, faults: list[str]) -> Any:
             return {"name": value["name"]} | _component(table, value["name"], settings, path, faults)
         case ManyOf(table):
             value = {} if value is None else value
-            value = {name: {} for name in value} if isinstance(value, list) else value
+            if isinstance(value, list) and all(isinstance(name, str) for name in value):
+                value = {name: {} for name in value}
             if not isinstance(value, Mapping):
                 faults.append(f"{path}: must be a mapping of names to settings, not {value!r}")
                 return {}
-            return {name: _component(table, name, s or {}, f"{path}.{name}", faults) for name, s in value.items()}
+            inner = {name: {} if settings is None else settings for name, settings in value.items()}
+            return {name: _component(table, name, s, f"{path}.{name}", faults) for name, s in inner.items()}
         case Input():
             return value
     if dataclasses.is_dataclass(field.type):
@@ -140,7 +145,7 @@ def _value(field: Field, value: Any, path: str, faults: list[str]) -> Any:
 
 
 def _component(table: Table, name: Any, settings: Any, path: str, faults: list[str]) -> Settings:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         faults.append(f"{path}: no {name!r}; {meant(str(name), table)}")
         return {}
     return _check(table[name], settings, path, faults)

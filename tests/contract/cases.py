@@ -28,6 +28,10 @@ class Example(Method):
 
     views = (FULL, View(scale=0.5))
 
+    def __init__(self, *, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = temperature
+
     def bind(self, net, num_classes):
         self.head = nn.Conv2d(net.dims["last"], 8, kernel_size=1)
         self.register_buffer("prototypes", torch.zeros(num_classes, 8))
@@ -39,7 +43,9 @@ class Example(Method):
         regions = self._regions(full, batch.tags)
         present = batch.tags * self.seen
         scores = torch.einsum("bkd,jd->bkj", F.normalize(regions, dim=-1), F.normalize(self.prototypes, dim=-1))
-        wrong = F.cross_entropy(scores.flatten(0, 1) / 0.1, self._own(batch), reduction="none").view_as(present)
+        wrong = F.cross_entropy(scores.flatten(0, 1) / self.temperature, self._own(batch), reduction="none").view_as(
+            present
+        )
         other = self._regions(half, batch.tags)
         apart = (1 - F.cosine_similarity(regions, other, dim=-1)) * batch.tags
         self._regions_seen, self._tags_seen = regions.detach(), batch.tags
@@ -51,7 +57,9 @@ class Example(Method):
     @torch.no_grad()
     def after_step(self, net):
         count = sum_over_processes(self._tags_seen.sum(0))
-        mean = sum_over_processes((self._regions_seen * self._tags_seen[..., None]).sum(0)) / count.clamp(min=1)[:, None]
+        mean = (
+            sum_over_processes((self._regions_seen * self._tags_seen[..., None]).sum(0)) / count.clamp(min=1)[:, None]
+        )
         self.prototypes.lerp_(mean, 0.5 * (count > 0).float()[:, None])
         self.seen.copy_(torch.maximum(self.seen, (count > 0).float()))
 
@@ -70,16 +78,25 @@ class Example(Method):
         return torch.arange(classes, device=batch.tags.device).repeat(images)
 
 
-TABLE: Mapping[str, Any] = {**METHODS, "example": Example}
+class Local(Example):
+    """What goes wrong with several processes: each remembers only the images that it has seen itself."""
+
+    @torch.no_grad()
+    def after_step(self, net):
+        self.prototypes.lerp_((self._regions_seen * self._tags_seen[..., None]).mean(0), 0.5)
+
+
+METHODS_HERE: dict[str, Any] = {**METHODS, "example": Example, "local": Local}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A baseline and the methods on it, with settings that suit images of 64 pixels.
+    """A baseline and the methods on it, with settings that suit images of 64 pixels, and without dropout.
 
     untrained: parameters (beginnings of names) that rightly get no gradient. background: where a class axis with one
     place more than there are classes keeps the background, by state entry (beginning of its name): "first" or "last".
-    leaks: why a method may send gradients into the maps of classes that no image of the batch has.
+    leaks: why a method may send gradients into the maps of classes that no image of the batch has. title: where
+    the same baseline and methods come twice.
     """
 
     net: str
@@ -88,15 +105,22 @@ class Pair:
     untrained: tuple[str, ...] = ()
     background: Mapping[str, str] = field(default_factory=dict)
     leaks: str = ""
+    title: str = ""
 
     def __str__(self) -> str:
-        return "+".join((self.net, *self.methods))
+        return self.title or "+".join((self.net, *self.methods))
 
 
 PAIRS = (
     Pair("cam"),
     Pair("cam", {"example": {}}),
+    Pair("seam", settings={"scale": 0.5, "dropout": 0.0}),
+    Pair("eps", background={"net.classifier": "last"}),
+    Pair("eps", settings={"pcm": True, "size": 32}, background={"net.classifier": "last"}, title="eps(pcm)"),
+    Pair("cam", {"ppc": {"size": None, "scale": 0.5}}),
 )  # fmt: skip
+
+BROKEN_PAIR = Pair("cam", {"local": {}})
 
 CLASSES = 5
 BACKBONE = {"name": "test_resnet", "weights": None, "output_stride": 8, "freeze_norm": True}
@@ -110,10 +134,15 @@ def build(pair: Pair, *, num_classes: int = CLASSES, bf16: bool = False, seed: i
     torch.manual_seed(seed)
     net = BASELINES[pair.net]
     settings = schema.check(net, {"backbone": BACKBONE, **pair.settings}, "net")
-    parts = {name: schema.make(TABLE[name], schema.check(TABLE[name], s, name)) for name, s in pair.methods.items()}
+    parts = {
+        name: schema.make(METHODS_HERE[name], schema.check(METHODS_HERE[name], s, name))
+        for name, s in pair.methods.items()
+    }
     objective = Objective(
         schema.make(net, settings, num_classes=num_classes), parts, num_classes=num_classes, bf16=bf16
     )
+    for norm in (m for m in objective.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.ones_(norm.weight)  # timm starts residual branches at zero, where nothing in them would train
     return objective.train()
 
 

@@ -9,10 +9,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Their result, or its shape, depends on values: on a GPU the host has to wait for them.
-SYNCING = frozenset(
-    "_local_scalar_dense is_nonzero equal nonzero nonzero_static masked_select bincount "
-    "unique_dim unique_consecutive unique_dim_consecutive _unique _unique2 histc".split()
-) - {"nonzero_static"}
+SYNCING = frozenset({
+    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "_unique", "_unique2",
+    "unique_dim", "unique_consecutive", "unique_dim_consecutive",
+})  # fmt: skip
+INDEXING = frozenset({"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"})
 # On a CPU these never reach an operation, on a GPU they copy.
 PYTHON = frozenset({"cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__array__"})
 
@@ -31,9 +32,8 @@ class _Operations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in SYNCING:
             raise HostSync(f"aten.{name}")
-        if name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"):
-            if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
-                raise HostSync(f"aten.{name} with a mask: use where or multiply")
+        if name in INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
+            raise HostSync(f"aten.{name} with a mask: use where or multiply")
         if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
             raise HostSync("aten.repeat_interleave without output_size")
         return func(*args, **(kwargs or {}))

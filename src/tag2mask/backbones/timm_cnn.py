@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,12 +28,16 @@ class BackboneSettings:
     freeze_norm: bool | None = None
 
 
+TAKE = "take a ResNet, a ConvNeXt or an EfficientNet"
+
+
 class TimmCNN(nn.Module):
     """A timm CNN without its classifier.
 
     Taps: "c2".."c5" are the outputs of the last four stages, whose nominal strides are 4, 8, 16, 32 (dilation keeps the
     later ones at `output_stride`), "last" is what the classifier would pool. `dims` gives their channels.
-    Raises UserError when the name is unknown, the model has no such stride, or the weights cannot be had.
+    Raises UserError when the name is unknown, the model has no such stride or wants images of one size, or the weights
+    cannot be had.
     """
 
     trunk = True  # marks these parameters as the backbone's for the optimiser groups
@@ -50,7 +53,7 @@ class TimmCNN(nn.Module):
                 norm.requires_grad_(False)
         stages = len(cast(Any, self.body).feature_info)
         self._levels = {f"c{level}": stages - 6 + level for level in (2, 3, 4, 5)}
-        self.dims: dict[str, int] = self._measure()
+        self.dims: dict[str, int] = self._measure(settings)
 
     def forward(self, images: Tensor) -> Features:
         """[B 3 H W] -> {tap: [B D h w]}."""
@@ -72,12 +75,20 @@ class TimmCNN(nn.Module):
         return [m for m in self.body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     @torch.no_grad()
-    def _measure(self) -> dict[str, int]:
-        was = self.training
+    def _measure(self, settings: BackboneSettings) -> dict[str, int]:
+        was, side = self.training, 97  # no multiple of anything: images have any size
         self.eval()
-        dims = {tap: x.shape[1] for tap, x in self(torch.zeros(1, 3, 64, 64)).items()}
+        try:
+            features = self(torch.zeros(1, 3, side, side))
+        except Exception as error:  # whatever a model says that wants images of one size, or of a multiple of some size
+            raise UserError(
+                f"backbone.name: {settings.name} cannot look at images of any size "
+                f"({' '.join(str(error).split())}); {TAKE}"
+            ) from None
         self.train(was)
-        return dims
+        if features["last"].shape[2:] != features["c5"].shape[2:]:
+            raise UserError(f"backbone.name: {settings.name} lays out its last features in a way of its own; {TAKE}")
+        return {tap: x.shape[1] for tap, x in features.items()}
 
 
 def _create(settings: BackboneSettings) -> nn.Module:
@@ -87,18 +98,24 @@ def _create(settings: BackboneSettings) -> nn.Module:
         known = dict.fromkeys(timm.list_models())
         raise UserError(f"backbone.name: timm has no model {settings.name!r}; {_short(meant(settings.name, known))}")
     hub = settings.weights == "hub"
-    options = {"num_classes": 0, "global_pool": ""}
-    if settings.output_stride != 32:
-        options["output_stride"] = settings.output_stride
+    dilation = {} if settings.output_stride == 32 else {"output_stride": settings.output_stride}
     try:
-        model: nn.Module = timm.create_model(settings.name, **options)
-    except (TypeError, NotImplementedError, AssertionError, ValueError) as error:
+        model: nn.Module = timm.create_model(settings.name, num_classes=0, global_pool="", **dilation)
+    except RuntimeError as error:  # of all that can go wrong, an unknown tag alone
+        raise UserError(f"backbone.name: {error} See `timm.list_pretrained()`") from None
+    except (TypeError, NotImplementedError, AssertionError, ValueError):
         raise UserError(
-            f"backbone: {settings.name} cannot be built with output stride {settings.output_stride} ({error}); "
-            "set output_stride: 32 or take another model"
+            f"backbone: {settings.name} cannot be built with output stride {settings.output_stride}; "
+            f"{'set output_stride: 32 or ' if dilation else ''}take another model"
         ) from None
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
-        raise UserError(f"backbone.name: {settings.name} gives no intermediate features; take a ResNet, ConvNeXt")
+        raise UserError(f"backbone.name: {settings.name} gives no intermediate features; {TAKE}")
+    strides = [info["reduction"] for info in cast(Any, model).feature_info][-4:]
+    wanted = [min(stride, settings.output_stride) for stride in (4, 8, 16, 32)]
+    if strides != wanted:
+        raise UserError(
+            f"backbone: the last stages of {settings.name} have strides {strides}, needed are {wanted}; {TAKE}"
+        )
     if hub:
         _load_from_hub(model, settings.name)
     elif settings.weights is not None:
@@ -139,14 +156,14 @@ def _load_file(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
-    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, ValueError) as error:
-        raise UserError(f"backbone.weights: {path} is not a file of weights ({type(error).__name__})") from None
-    except Exception as error:  # pickle.UnpicklingError and what a crafted file provokes
+        tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+    except Exception as error:  # a broken or crafted file provokes a dozen kinds
         raise UserError(
-            f"backbone.weights: {path} holds more than tensors ({type(error).__name__}); it is not loaded"
+            f"backbone.weights: {path} is broken or holds more than tensors, it is not loaded "
+            f"({type(error).__name__}); save the model's state_dict as .safetensors"
         ) from None
     wanted = model.state_dict()
-    usable = {name: x for name, x in state.items() if name in wanted and x.shape == wanted[name].shape}
+    usable = {name: x for name, x in tensors.items() if name in wanted and x.shape == wanted[name].shape}
     missing = [name for name in wanted if name not in usable and not name.endswith("num_batches_tracked")]
     if missing:
         raise UserError(

@@ -1,7 +1,12 @@
 """Networks that learn CAMs from tags, one file each."""
 
+from collections.abc import Mapping
+
 from tag2mask.baselines.cam import CAM
+from tag2mask.baselines.eps import EPS
+from tag2mask.baselines.seam import SEAM
+from tag2mask.core import Baseline
 
-BASELINES = {"cam": CAM}
+BASELINES: Mapping[str, type[Baseline]] = {"cam": CAM, "eps": EPS, "seam": SEAM}
 
-__all__ = ["BASELINES", "CAM"]
+__all__ = ["BASELINES", "CAM", "EPS", "SEAM"]

@@ -17,8 +17,9 @@ Segmentation, CVPR 2020, arXiv:2004.04581.
 The module reads the trunk without gradient: L_ECR and L_rvmin train its three convolutions, L_cls and L_ER the rest.
 A background channel of the classifier would receive no gradient from any term, so there is none.
 
-Where the paper is silent this is the released code: L_rvmin itself; maps are brought to image size before they are pooled,
-normalised and compared (`resolution`); the module sees all classes; padding is not masked.
+Where the paper is silent this is the released code: L_rvmin itself; maps are brought to image size before they are
+pooled, normalised and compared (`resolution`); every resizing aligns corners; the module sees all classes; padding is
+not masked.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class SEAM(Baseline):
     side of the second view in pixels, instead of scale (128 where PPC is added). dropout: share of feature channels
     dropped before the classifier, in training (released: 0.5). er, ecr, rvmin: weights of the three terms (1 each; the
     paper's ablation drops er and ecr, and does not mention rvmin). hard: share of the entries that L_ECR counts (paper:
-    0.2; 1 is all of them). resolution: "full" brings maps to image size first, as published; "grid" stays on the feature
-    grid, which is faster and what is done where SEAM's losses are put on EPS.
+    0.2; 1 is all of them). resolution: "full" brings maps to image size first, as published; "grid" stays on the
+    feature grid, which is faster and what is done where SEAM's losses are put on EPS.
     """
 
     def __init__(

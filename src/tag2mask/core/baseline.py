@@ -32,5 +32,10 @@ class Baseline(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
+    def export(self, out: CamOutput, tags: Tensor) -> Tensor:
+        """The map to export, [B K h w] with tags [B K]; by default the best one. A method's `cams` goes before it."""
+        return out.best
+
+    @torch.no_grad()
     def after_step(self) -> None:
         """Memory that follows the weights, after each optimiser step (OAA's running maximum)."""

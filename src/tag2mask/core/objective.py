@@ -72,7 +72,7 @@ class Objective(nn.Module):
     def infer(self, images: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
         """(map to export [B K h w], logits [B K]) of one view."""
         out = self.look(images)
-        exported = out.best
+        exported = self.net.export(out, tags)
         for method in self._parts:
             if type(method).cams is not Method.cams:
                 exported = method.cams(out, tags)

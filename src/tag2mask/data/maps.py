@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,5 +63,5 @@ def read_maps(path: Path) -> Maps:
             return Maps(file["classes"], file["maps"], (height, width), file["logits"])
     except FileNotFoundError:
         raise UserError(f"{path}: no maps of this image; is it in the list that the maps were made for?") from None
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a file of soft maps ({error}); delete it and run the recipe again") from None

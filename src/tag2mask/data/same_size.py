@@ -32,8 +32,9 @@ def same_size_batches(
 ) -> Iterator[tuple[list[int], NDArray[np.uint8]]]:
     """(indices [n], images [n H W 3]) with n <= batch; every index comes once.
 
-    The batches depend on the images alone, never on what has been finished before: a resumed run forms the same
-    ones, so its results are bit-identical.
+    At most 4 batches of images wait for others of their size; beyond that, the oldest group goes as it is. The batches
+    depend on the images alone, never on what has been finished before: a resumed run forms the same ones, so its
+    results are bit-identical.
     """
     waiting: dict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = {}
     for index, pixels in ahead(lambda i: (i, image(i)), indices, threads):
@@ -41,6 +42,8 @@ def same_size_batches(
         group.append((index, pixels))
         if len(group) == batch:
             yield _joined(waiting.pop(pixels.shape))
+        elif sum(map(len, waiting.values())) > 4 * batch:
+            yield _joined(waiting.pop(next(iter(waiting))))
     for group in waiting.values():
         yield _joined(group)
 

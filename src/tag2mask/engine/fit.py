@@ -63,7 +63,9 @@ def fit(
     if training.batch % devices.world:
         raise UserError(f"train.batch: {training.batch} does not divide over {devices.world} processes")
     if devices.world > 1 and devices.device.type == "cuda":  # batch norm over the global batch; a no-op where frozen
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        from timm.layers import convert_sync_batchnorm  # torch's own drops the activation inside timm's norms
+
+        model = convert_sync_batchnorm(model)
     wrapped = devices.prepare(model)
     hooks = cast(Trainable, model)
     optimizer = make_optimizer(model, training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return self.total - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        @cache
+        @lru_cache(maxsize=1)  # places only go up
         def order(epoch: int) -> NDArray[np.int64]:
             return np.random.default_rng((self.seed, epoch)).permutation(self.length)
 

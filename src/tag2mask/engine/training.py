@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,13 +39,15 @@ class Training:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            raise UserError("train: give either epochs or steps")
-        if (
-            self.batch < 1
-            or (self.steps is not None and self.steps < 1)
-            or (self.epochs is not None and self.epochs <= 0)
-        ):
-            raise UserError("train: batch, steps and epochs must be positive")
+            raise UserError("give either epochs or steps")
+        if self.batch < 1 or not 0 < (self.steps or self.epochs or 0) < math.inf:
+            raise UserError("batch, steps and epochs must be positive")
+        for name in ("lr", "lr_new", "lr_bias", "weight_decay", "momentum", "power", "clip", "seed"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UserError(f"{name}: {value} must be a number from 0")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"warmup: {self.warmup} is a share of the steps, it must be in 0..1")
 
     def total_steps(self, images: int) -> int:
         """Number of optimiser steps on a training set of `images` images."""

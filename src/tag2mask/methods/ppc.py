@@ -12,7 +12,7 @@ Du, Fu, Liu, Wang: Weakly Supervised Semantic Segmentation by Pixel-to-Prototype
     m          maps                   the network's best map, min-max normalised per image and class
     y, y'      labels                 pseudo-labels of this and of the other view: the largest map of the tagged classes
     P, P'      prototypes             one per class of this and of the other view, from the global batch; no gradient
-    Omega_c    top_pixels             the `top` most confident pixels assigned to c, over the global batch
+    Omega_c    prototype_weights      the `top` most confident pixels assigned to c, over the global batch
     tau        temperature
 
 L_intra sees each pixel's own prototype and some semi-hard others (section 3.5): of the 60% that are most similar to the
@@ -46,6 +46,7 @@ Where the released code differs (recipes `ppc_*_released.yaml`):
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,21 +64,22 @@ from tag2mask.ops.contrast import (
     positives,
     pseudo_labels,
     rank_within_group,
-    top_pixels,
     valid_on_grid,
     weighted_means,
 )
 from tag2mask.ops.gather import gather, processes, rank
+from tag2mask.ops.pseudo_labels import prototype_weights
 
 
 @dataclass(frozen=True)
 class Look:
     """One view on the grid of the smaller one; P pixels of this process, prototypes 0 background, 1..K classes.
 
-    pixels [P D] unit vectors; labels [P] 0..K or 255; prototypes [1+K D] unit vectors; found bool [1+K].
+    pixels [P D] and their lengths [P 1]; labels [P] 0..K or 255; prototypes [1+K D] unit vectors; found bool [1+K].
     """
 
     pixels: Tensor
+    lengths: Tensor
     labels: Tensor
     prototypes: Tensor
     found: Tensor
@@ -129,8 +131,8 @@ class PPC(Method):
         ignore_padding: bool = True,
     ) -> None:
         super().__init__()
-        if temperature <= 0 or top < 1 or dim < 1 or not 0 <= background < 1:
-            raise UserError("ppc: temperature, top and dim must be positive, background at least 0 and below 1")
+        if min(temperature, top, dim, scale, 1 if size is None else size) <= 0 or not 0 <= background < 1:
+            raise UserError("ppc: temperature, top, dim, size and scale must be positive, background in 0..1, below 1")
         if not (0 < hard_negatives <= 1 and 0 < kept_negatives <= 1):
             raise UserError("ppc: hard_negatives and kept_negatives are shares, above 0 and at most 1")
         self.alpha, self.beta, self.temperature, self.dim = alpha, beta, temperature, dim
@@ -158,7 +160,7 @@ class PPC(Method):
         draws = torch.Generator(device=batch.tags.device).manual_seed(progress.seed)
         prototype, cam, intra = [], [], []
         for this, other in ((one, two), (two, one)):
-            similarity = this.pixels @ torch.cat([this.prototypes, other.prototypes]).T
+            similarity = this.pixels @ torch.cat([this.prototypes, other.prototypes]).T / this.lengths
             to_own, to_other = similarity.chunk(2, dim=1)
             prototype.append(pixel_contrast(to_other, this.labels, other.found, self.temperature))
             cam.append(pixel_contrast(to_own, other.labels, this.found, self.temperature))
@@ -182,21 +184,12 @@ class PPC(Method):
             cams = resize_corners(outs[view].best.relu(), grid)
             maps = confidence(cams, valid, negative_floor=self.negative_floor)
             labels = pseudo_labels(maps, batch.tags, self.background, valid)
-            means, found = weighted_means(features, self._prototype_weights(maps, labels, valid))
-        pixels = F.normalize(features.permute(0, 2, 3, 1).flatten(0, 2), dim=1)
-        return Look(pixels, labels.flatten(), F.normalize(means, dim=1), found)
-
-    def _prototype_weights(self, maps: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """m_ci of the pixels in Omega_c, 0 elsewhere: [B 1+K h w], background first."""
-        inside = valid.unsqueeze(1)
-        classes = torch.arange(1, maps.shape[1] + 1, device=maps.device).view(1, -1, 1, 1)
-        candidates = labels.unsqueeze(1) == classes if self.proto_from == "assigned" else inside.expand_as(maps)
-        weights = torch.where(top_pixels(maps, candidates, self.top), maps, 0)
-        if self.background_proto == "assigned":
-            ground = (labels == 0).unsqueeze(1)
-        else:
-            ground = top_pixels(torch.zeros_like(maps[:, :1]), inside, self.top)
-        return torch.cat([ground.to(maps.dtype), weights], dim=1)
+            assigned, ties = self.proto_from == "assigned", self.background_proto == "ties"
+            weights = prototype_weights(maps, labels, self.top, assigned=assigned, ground_ties=ties)
+            means, found = weighted_means(features, weights)
+        pixels = features.permute(0, 2, 3, 1).flatten(0, 2)
+        lengths = pixels.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return Look(pixels, lengths, labels.flatten(), F.normalize(means, dim=1), found)
 
     def _intra(self, similarity: Tensor, look: Look, images: int, draws: torch.Generator) -> Tensor:
         """L_intra of one view (eq. 9), with semi-hard prototypes and hard pixels drawn for the global batch."""
@@ -226,9 +219,12 @@ class PPC(Method):
         order = logits.detach().masked_fill(~candidates, EXCLUDED).argsort(dim=1, descending=True)
         count = (found.sum() - int(self.exclude_positive)).clamp(min=0)
         hard = torch.minimum(_share(self.hard_negatives, count).clamp(min=1), count)
+        if self.negatives != "all":  # no more than this many are hard
+            order = order[:, : max(1, math.floor(self.hard_negatives * (len(found) - self.exclude_positive) + 0.5))]
+            place = place[: order.shape[1]]
         if self.negatives == "random":
             kept = torch.minimum(_share(self.kept_negatives, hard).clamp(min=1), hard)
-            order = order.gather(1, draws.masked_fill(place >= hard, 2).argsort(dim=1))
+            order = order.gather(1, draws[:, : len(place)].masked_fill(place >= hard, 2).argsort(dim=1))
             chosen = place < kept
         elif self.negatives == "ranks":
             chosen = (place < hard) & (place >= hard - (self.kept_negatives * count).floor())

@@ -29,10 +29,11 @@ def confidence(cams: Tensor, valid: Tensor, *, negative_floor: bool = False) -> 
     return min_max_norm(torch.where(inside, cams, highest), negative_floor=negative_floor)
 
 
-def pseudo_labels(maps: Tensor, tags: Tensor, background: float, valid: Tensor) -> Tensor:
-    """The most confident of the tagged classes, or background where none exceeds the constant `background`.
+def pseudo_labels(maps: Tensor, tags: Tensor, background: float | Tensor, valid: Tensor) -> Tensor:
+    """The most confident of the tagged classes, or background where none exceeds `background`.
 
-    maps [B K h w] as from `confidence`; tags [B K] of 0/1; valid bool [B h w]. Returns labels [B h w].
+    maps [B K h w] as from `confidence`; tags [B K] of 0/1; background: a number or [B h w]; valid bool [B h w].
+    Returns labels [B h w].
     """
     score, best = (maps * tags[:, :, None, None]).max(dim=1)
     return torch.where(valid, torch.where(score > background, best + 1, 0), IGNORE)
@@ -44,11 +45,12 @@ def top_pixels(scores: Tensor, candidates: Tensor, top: int) -> Tensor:
 
     scores and candidates (bool) [B C h w] -> bool [B C h w]. Of equal scores the first in the batch is taken.
     """
-    ranked = gather(scores.masked_fill(~candidates, -torch.inf)).transpose(0, 1)
-    values, order = ranked.flatten(1).sort(dim=1, descending=True, stable=True)
-    chosen = torch.zeros_like(values, dtype=torch.bool)
-    chosen.scatter_(1, order[:, :top], values[:, :top] > -torch.inf)
-    return chosen.view(ranked.shape).transpose(0, 1)[rank() :: processes()]
+    everywhere = gather(scores.masked_fill(~candidates, -torch.inf)).transpose(0, 1)
+    ranked = everywhere.flatten(1)
+    last = ranked.topk(min(top, ranked.shape[1]), dim=1).values[:, -1:]
+    above, level = ranked > last, (ranked == last) & (last > -torch.inf)
+    chosen = above | (level & (level.cumsum(dim=1) <= top - above.sum(dim=1, keepdim=True)))
+    return chosen.view(everywhere.shape).transpose(0, 1)[rank() :: processes()]
 
 
 @torch.no_grad()

@@ -39,8 +39,8 @@ def equivariance(
 ) -> Losses:
     """The losses "er", "ecr" and "rvmin" of two looks, compared at the size of the second; tags [B K].
 
-    sizes: to which the maps of each look are brought before they are normalised, their own to leave them. hard: share of
-    entries that count in "ecr". released_one_hot: see `target`. "rvmin" is averaged over the looks.
+    sizes: to which the maps of each look are brought before they are normalised, their own to leave them. hard: share
+    of entries that count in "ecr". released_one_hot: see `target`. "rvmin" is averaged over the looks.
     """
     present = tags[:, :, None, None]
 
@@ -94,11 +94,11 @@ def pool_resized(cams: Tensor, size: Size) -> Tensor:
 
     Resizing is linear and separable, so this is a weighted mean, in which cells on the border count about half.
     """
-    rows, columns = (_shares(cams.shape[axis], size[axis], cams) for axis in (-2, -1))
+    rows, columns = (_shares(cams, axis, size[axis]) for axis in (-2, -1))
     return (cams.float() * rows[:, None] * columns).sum(dim=(2, 3))
 
 
-def _shares(cells: int, pixels: int, like: Tensor) -> Tensor:
-    """[cells]: how much each cell of a line adds to the mean of the line resized to `pixels`."""
-    lines = torch.eye(cells, device=like.device)[None]
+def _shares(cams: Tensor, axis: int, pixels: int) -> Tensor:
+    """[cells]: how much each cell of an axis adds to the mean of the axis resized to `pixels`."""
+    lines = torch.eye(cams.shape[axis], device=cams.device)[None]
     return F.interpolate(lines, size=pixels, mode="linear", align_corners=True)[0].mean(dim=1)

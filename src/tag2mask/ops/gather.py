@@ -27,18 +27,19 @@ def rank() -> int:
 @torch.no_grad()
 def gather(x: Tensor) -> Tensor:
     """[n ...] on each of W processes -> [n W ...] on all, in the order of the global batch. No gradient flows."""
-    world = processes()
+    x, world = x.detach(), processes()
     if world == 1:
-        return x.detach()
+        return x
+    x = x.contiguous()  # bytes travel: parts in another memory format would come out in another order
     parts = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(parts, x.detach().contiguous())
+    dist.all_gather(parts, x)
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 @torch.no_grad()
 def sum_over_processes(x: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on all of them. No gradient flows."""
-    total = x.detach().clone()
+    total = x.detach().clone(memory_format=torch.contiguous_format)
     if processes() > 1:
         dist.all_reduce(total)
     return total

@@ -6,7 +6,7 @@ Segmentation, CVPR 2020, arXiv:2004.04581 (section "pixel correlation module").
     y_i = sum_j a_ij yhat_j / sum_j a_ij        a_ij = ReLU(cos(theta(x_i), theta(x_j)))
 
     symbol   here                 meaning
-    yhat     confident(cams)      the CAM at each pixel's best class, normalised, and 1 - that as background; no gradient
+    yhat     confident(cams)      the normalised CAM of each pixel's best class, 1 - that as background; no gradient
     x        c4, c5, image        two reduced taps and the image itself, on the grid of the CAM; no gradient to the taps
     theta    PCM.embed            1x1 convolution
     y        refined, background  values in 0..1
@@ -40,8 +40,9 @@ class PCMOutput(CamOutput):
 
 
 class PCM(nn.Module):
-    """Refines CAMs by the similarity of pixels. dims: channels of every tap, of which "c4" and "c5" are read.
+    """Refines CAMs by the similarity of pixels.
 
+    dims: channels of every tap, of which "c4" and "c5" are read. block: see `propagate`.
     Raises UserError when the backbone has no such taps.
     """
 

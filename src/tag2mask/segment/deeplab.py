@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tag2mask.backbones import BackboneSettings, TimmCNN
 from tag2mask.core import Batch, Losses, Progress
 from tag2mask.data.source import IGNORE
+from tag2mask.ops.gather import mean_over_processes, processes
 
 
 class LargeFOV(nn.Module):
@@ -82,13 +83,14 @@ class SegmentObjective(nn.Module):
         self.bf16 = bf16
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """{"ce": mean over the pixels that have a label}; scores are resized to the masks."""
+        """{"ce": mean over the pixels that have a label, 0 if none has}; scores are resized to the masks."""
         if batch.target is None:
             raise ValueError("a segmenter is trained on batches with a target")
         with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             scores = self.net(batch.images)
         scores = F.interpolate(scores.float(), size=batch.target.shape[-2:], mode="bilinear", align_corners=False)
-        labelled = (batch.target != IGNORE).sum().clamp(min=1)  # a crop may hold no labelled pixel at all
+        # Over all processes, so that a pixel weighs the same wherever it lands. It may be 0: a crop can be all ignored.
+        labelled = mean_over_processes((batch.target != IGNORE).sum().float()).clamp(min=1 / processes())
         return {"ce": F.cross_entropy(scores, batch.target, ignore_index=IGNORE, reduction="sum") / labelled}
 
     def on_epoch_start(self, epoch: int) -> None:

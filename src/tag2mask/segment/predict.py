@@ -16,7 +16,9 @@ def predict(net: nn.Module, images: Tensor, *, scales: Sequence[float], flip: bo
     total: Tensor | None = None
     for scale in scales:
         size = max(32, round(height * scale)), max(32, round(width * scale))
-        scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=False) if scale != 1 else images
+        scaled = images
+        if size != (height, width):
+            scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
         scores = net(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled).float()
         if flip:
             plain, mirrored = scores.chunk(2)

@@ -16,16 +16,16 @@ from tag2mask.data.maps import Maps, map_path, map_size, write_maps
 from tag2mask.ops.cams import max_norm, resize
 from tag2mask.schema import Input
 from tag2mask.stages.classify import load_classifier
-from tag2mask.stages.context import Context, images_to_do
+from tag2mask.stages.context import BatchSize, Context, Scales, images_to_do
 
 
 def cams(
     ctx: Context,
     *,
     of: Annotated[Path, Input(("classify",))],
-    scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0),
+    scales: Scales = (0.5, 1.0, 1.5, 2.0),
     flip: bool = True,
-    batch: int = 16,
+    batch: BatchSize = 16,
 ) -> None:
     """Maps of every train image, of its tagged classes only: half precision, a quarter of the size, values 0..1.
 

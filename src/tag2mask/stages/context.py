@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from tag2mask import progress
@@ -16,6 +18,9 @@ from tag2mask.data.augment import normalise
 from tag2mask.data.same_size import same_size_batches
 from tag2mask.data.source import Source
 from tag2mask.engine import Devices
+
+BatchSize = Annotated[int, Field(ge=1)]
+Scales = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tag2mask.ops.cams import best_class
 from tag2mask.pipeline import write_json
 from tag2mask.schema import Input
 from tag2mask.stages.classify import load_classifier
-from tag2mask.stages.context import Context
+from tag2mask.stages.context import BatchSize, Context
 from tag2mask.stages.labels import mask_path
 
 RESULT, PER_IMAGE = "result.json", "per_image.json"
@@ -29,7 +29,7 @@ NO_IMAGES = "there are no images in this split"
 
 
 def evaluate_classifier(
-    ctx: Context, *, of: Annotated[Path, Input(("classify",))], split: Split = "test", batch: int = 16
+    ctx: Context, *, of: Annotated[Path, Input(("classify",))], split: Split = "test", batch: BatchSize = 16
 ) -> None:
     """Average precision of the tag scores of one split: a classifier that fails here cannot make good maps.
 

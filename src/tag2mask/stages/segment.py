@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tag2mask.data.augment import Augment, Crops, collate
@@ -24,7 +25,7 @@ from tag2mask.schema import Input, OneOf, Settings, make
 from tag2mask.segment import SEGMENTERS, DeepLab, SegmentObjective
 from tag2mask.segment import predict as probabilities
 from tag2mask.stages.classify import MODEL, WEIGHTS, save_weights, without_weights
-from tag2mask.stages.context import Context, images_to_do
+from tag2mask.stages.context import BatchSize, Context, Scales, images_to_do
 from tag2mask.stages.labels import mask_path
 
 
@@ -35,7 +36,7 @@ def segment(
     net: Annotated[Settings, OneOf(SEGMENTERS)],
     train: Training,
     augment: Augment = Augment(),  # noqa: B008  (frozen)
-    scales: tuple[float, ...] = (0.75, 1.0, 1.25),
+    scales: Scales = (0.75, 1.0, 1.25),
     flip: bool = True,
     bf16: bool = False,
 ) -> None:
@@ -69,7 +70,9 @@ def check_segmenter(source: Source, settings: Settings) -> None:
     make(SEGMENTERS[settings["net"]["name"]], settings["net"], num_classes=len(source.classes))
 
 
-def predict(ctx: Context, *, of: Annotated[Path, Input(("segment",))], split: Split = "test", batch: int = 8) -> None:
+def predict(
+    ctx: Context, *, of: Annotated[Path, Input(("segment",))], split: Split = "test", batch: BatchSize = 8
+) -> None:
     """Masks of one split by the segmenter; tags are not used.
 
     of: the segmenter. split: train, score or test. batch: images of the same size that go through together.
@@ -93,7 +96,7 @@ def load_segmenter(folder: Path) -> Segmenter:
         net = make(SEGMENTERS[model["net"]["name"]], without_weights(model["net"]), num_classes=len(model["classes"]))
         net.load_state_dict(load_file(folder / WEIGHTS))
         return Segmenter(net.eval(), tuple(model["classes"]), model["scales"], model["flip"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: not the folder of a trained segmenter ({type(error).__name__}: {error})") from None
 
 

@@ -1,0 +1,141 @@
+"""The mean field against sums over every pair of pixels, written from the formula."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tag2mask.ops.mean_field import RGB_SCALE, Kernels, mean_field, pair_weights, refine_labels
+
+SMALL = Kernels(sigma=1.5, weight=0.7, sigma_xy=2.5, sigma_rgb=40.0, weight_rgb=1.3)
+
+
+def slow_pairs(colours, kernels, valid):
+    """k(i, j) of one image, [P P], by loops."""
+    _, height, width = colours.shape
+    places = [(y, x) for y in range(height) for x in range(width)]
+    near, alike = np.zeros((2, len(places), len(places)))
+    for i, (y, x) in enumerate(places):
+        for j, (v, u) in enumerate(places):
+            if valid[y, x] and valid[v, u]:
+                d = (y - v) ** 2 + (x - u) ** 2
+                c = sum(float(colours[k, y, x] - colours[k, v, u]) ** 2 for k in range(3))
+                near[i, j] = math.exp(-d / 2 / kernels.sigma**2)
+                alike[i, j] = math.exp(-d / 2 / kernels.sigma_xy**2 - c / 2 / kernels.sigma_rgb**2)
+    total = np.zeros_like(near)
+    for weight, kernel in ((kernels.weight, near), (kernels.weight_rgb, alike)):
+        for i in range(len(places)):
+            for j in range(len(places)):
+                if kernel[i, j] > 0:
+                    total[i, j] += weight * kernel[i, j] / math.sqrt(kernel[i].sum() * kernel[j].sum())
+    return total
+
+
+def slow_mean_field(unary, pairs, iterations):
+    """Q of one image, [L P], by loops."""
+    labels, pixels = unary.shape
+
+    def normalised(scores):
+        out = np.zeros_like(scores)
+        for p in range(pixels):
+            e = np.exp(scores[:, p] - scores[:, p].max())
+            out[:, p] = e / e.sum()
+        return out
+
+    q = normalised(-unary)
+    for _ in range(iterations):
+        scores = -unary.copy()
+        for label in range(labels):
+            for i in range(pixels):
+                for j in range(pixels):
+                    scores[label, i] += pairs[i, j] * q[label, j]
+        q = normalised(scores)
+    return q
+
+
+def slow_refine(labels, colours, count, valid, kernels, gt_prob, iterations):
+    flat = labels.flatten().numpy()
+    unary = np.full((count, len(flat)), -math.log((1 - gt_prob) / (count - 1)))
+    unary[flat, np.arange(len(flat))] = -math.log(gt_prob)
+    q = slow_mean_field(unary, slow_pairs(colours, kernels, valid), iterations)
+    return torch.from_numpy(q.argmax(axis=0)).view(labels.shape)
+
+
+@pytest.fixture
+def colours():
+    return torch.rand(2, 3, 3, 4, generator=torch.Generator().manual_seed(1)) * 255
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_pair_weights(colours, masked):
+    valid = torch.ones(2, 3, 4)
+    if masked:
+        valid[0, :, 3] = 0
+        valid[1] = 0
+    found = pair_weights(colours, SMALL, valid if masked else None)
+    for image, shades in enumerate(colours):
+        slow = torch.tensor(slow_pairs(shades, SMALL, valid[image]))
+        torch.testing.assert_close(found[image].double(), slow, rtol=1e-5, atol=1e-6)
+
+
+def test_marginals(colours):
+    unary = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(2))
+    pairs = pair_weights(colours, SMALL)
+    for iterations in (0, 1, 4):
+        found = mean_field(unary, pairs, iterations)
+        for image in range(2):
+            slow = slow_mean_field(unary[image].double().numpy(), pairs[image].double().numpy(), iterations)
+            torch.testing.assert_close(found[image].double(), torch.tensor(slow), rtol=1e-5, atol=1e-5)
+
+
+def test_labels_with_equal_unaries_share_a_lane(colours):
+    pairs = pair_weights(colours, SMALL)
+    unary = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(3))
+    full = mean_field(torch.cat([unary[:, :2], unary[:, 2:].expand(-1, 7, -1)], dim=1), pairs)
+    short = mean_field(unary, pairs, multiplicity=torch.tensor([1.0, 1.0, 7.0]))
+    torch.testing.assert_close(short, full[:, :3])
+
+
+def test_a_lane_of_nothing_changes_nothing(colours):
+    pairs = pair_weights(colours, SMALL)
+    unary = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(3))
+    out = mean_field(unary, pairs, multiplicity=torch.tensor([1.0, 0.0, 1.0]))
+    torch.testing.assert_close(out[:, ::2], mean_field(unary[:, ::2], pairs))
+
+
+@pytest.mark.parametrize("count", [2, 4, 21])
+def test_refined_labels(colours, count):
+    draws = torch.Generator().manual_seed(4)
+    labels = torch.randint(0, min(count, 4), (2, 3, 4), generator=draws)
+    labels[1] = labels[1].clamp(max=1)  # fewer labels than in the other image
+    valid = torch.ones(2, 3, 4)
+    valid[0, 2] = 0
+    found = refine_labels(labels, colours, count, valid, gt_prob=0.6, iterations=3, kernels=SMALL)
+    assert found.dtype == torch.int64
+    for image in range(2):
+        slow = slow_refine(labels[image], colours[image], count, valid[image], SMALL, 0.6, 3)
+        assert torch.equal(found[image], slow)
+
+
+def test_refinement_follows_edges_and_ignores_padding():
+    colours = torch.zeros(1, 3, 16, 16)
+    colours[..., 8:] = 200
+    labels = torch.zeros(1, 16, 16, dtype=torch.int64)
+    labels[..., 8:] = 3
+    clean = labels.clone()
+    labels[0, 4, 3], labels[0, 9, 12] = 3, 0  # two wrong pixels
+    valid = torch.ones(1, 16, 16)
+    valid[..., :2] = 0
+    labels[..., :2] = 7  # under the padding
+    found = refine_labels(labels, colours, 21, valid)
+    assert torch.equal(found[..., 2:], clean[..., 2:])
+    assert torch.equal(found[..., :2], labels[..., :2])
+
+
+def test_colours_from_normalised_images():
+    image = torch.randint(0, 256, (3, 2, 2), generator=torch.Generator().manual_seed(5)).float()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalised = (image / 255 - mean[:, None, None]) / std[:, None, None]
+    shift = normalised * torch.tensor(RGB_SCALE) - image
+    torch.testing.assert_close(shift, shift[:, :1, :1].expand_as(shift), atol=1e-3, rtol=0)

@@ -1,0 +1,114 @@
+"""Settings of a training, its optimiser groups and its learning rate."""
+
+import pytest
+import torch
+from torch import nn
+
+from tag2mask.engine.training import Training, make_optimizer
+from tag2mask.errors import UserError
+
+
+class TestLength:
+    @pytest.mark.parametrize(
+        ("training", "images", "steps"),
+        [
+            ({"steps": 7}, 100, 7),
+            ({"epochs": 3, "batch": 16}, 100, 19),
+            ({"epochs": 0.5, "batch": 10}, 100, 5),
+            ({"epochs": 1, "batch": 16}, 3, 1),
+        ],
+    )
+    def test_steps(self, training, images, steps):
+        assert Training(**training).total_steps(images) == steps
+
+    @pytest.mark.parametrize(
+        ("faulty", "message"),
+        [
+            ({}, "give either epochs or steps"),
+            ({"steps": 5, "epochs": 1.0}, "give either epochs or steps"),
+            ({"steps": 0}, "must be positive"),
+            ({"epochs": 0.0}, "must be positive"),
+            ({"epochs": -1.0}, "must be positive"),
+            ({"epochs": float("inf")}, "must be positive"),
+            ({"steps": 5, "batch": 0}, "must be positive"),
+            ({"steps": 5, "lr": -0.1}, r"^lr: -0\.1"),
+            ({"steps": 5, "lr": float("nan")}, "^lr: nan"),
+            ({"steps": 5, "momentum": -1.0}, "^momentum"),
+            ({"steps": 5, "weight_decay": -1.0}, "^weight_decay"),
+            ({"steps": 5, "clip": -1.0}, "^clip"),
+            ({"steps": 5, "seed": -1}, "^seed: -1"),
+            ({"steps": 5, "warmup": 1.5}, r"^warmup: 1\.5"),
+        ],
+    )
+    def test_faults(self, faulty, message):
+        with pytest.raises(UserError, match=message):
+            Training(**faulty)
+
+
+class TestLearningRate:
+    def test_polynomial(self):
+        training = Training(steps=10, power=0.9)
+        for step in range(10):
+            assert training.lr_at(step, 10) == pytest.approx((1 - step / 10) ** 0.9)
+
+    def test_power_0_is_constant(self):
+        assert {Training(steps=10, power=0.0).lr_at(step, 10) for step in range(10)} == {1.0}
+
+    def test_warmup_rises_linearly_then_goes_on_as_without(self):
+        training = Training(steps=20, warmup=0.2, power=1.0)
+        assert [training.lr_at(step, 20) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+        assert [training.lr_at(step, 20) for step in range(4, 20)] == pytest.approx([1 - s / 20 for s in range(4, 20)])
+
+    def test_is_never_negative_or_complex(self):
+        training = Training(steps=10, warmup=1.0)
+        assert all(0 <= training.lr_at(step, 10) <= 1 for step in range(12))
+
+
+class Trunk(nn.Module):
+    trunk = True
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head, self.frozen = Trunk(), nn.Conv2d(4, 2, 1), nn.Linear(2, 2).requires_grad_(False)
+
+
+class TestOptimizer:
+    def test_four_groups(self):
+        net = Net()
+        training = Training(steps=1, lr=0.1, lr_new=10, lr_bias=2, weight_decay=0.01)
+        optimizer = make_optimizer(net, training)
+        found = {id(p): (group["factor"], group["weight_decay"]) for group in optimizer.param_groups
+                 for p in group["params"]}  # fmt: skip
+        assert found == {
+            id(net.backbone.conv.weight): (1, 0.01),
+            id(net.backbone.conv.bias): (2, 0),
+            id(net.backbone.norm.weight): (2, 0),
+            id(net.backbone.norm.bias): (2, 0),
+            id(net.head.weight): (10, 0.01),
+            id(net.head.bias): (20, 0),
+        }
+        assert isinstance(optimizer, torch.optim.SGD)
+        assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+    def test_adamw(self):
+        assert isinstance(make_optimizer(Net(), Training(steps=1, optimizer="adamw")), torch.optim.AdamW)
+
+    def test_a_module_that_is_all_backbone(self):
+        factors = [group["factor"] for group in make_optimizer(Trunk(), Training(steps=1)).param_groups]
+        assert factors == [1, 1]
+
+    def test_a_shared_parameter_comes_once(self):
+        net = Net()
+        net.again = net.head
+        parameters = [p for group in make_optimizer(net, Training(steps=1)).param_groups for p in group["params"]]
+        assert len(parameters) == len(set(map(id, parameters))) == 6
+
+    def test_nothing_to_train(self):
+        assert make_optimizer(Net().requires_grad_(False), Training(steps=1)) is None
+        assert make_optimizer(nn.ReLU(), Training(steps=1)) is None
