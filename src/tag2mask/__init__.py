@@ -6,7 +6,7 @@ The functions below are those of `tag2mask.api`; they are imported when first us
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Options", "evaluate", "folder_recipe", "load", "predict", "prepare", "report", "run"]
+__all__ = ["Options", "evaluate", "folder_recipe", "load", "predict", "prepare", "run", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

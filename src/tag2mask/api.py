@@ -11,24 +11,22 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import yaml
 
-from tag2mask import collect, progress
-from tag2mask import run as runs
+from tag2mask import collect, progress, runner
 from tag2mask.data.images import ENDINGS, read_image, read_mask
 from tag2mask.data.names import scan
 from tag2mask.engine import Device, Devices
 from tag2mask.errors import UserError
 from tag2mask.export import overlay as overlay_mask
 from tag2mask.metrics import Confusion
-from tag2mask.pipeline import MANIFEST, read_json
-from tag2mask.recipe import Recipe, load, load_text
+from tag2mask.pipeline import MANIFEST, make_folder, read_json
+from tag2mask.recipe import Recipe, load, written_stages
 from tag2mask.report import render
-from tag2mask.run import Options, Run, prepare
+from tag2mask.runner import Options, Run, prepare
 from tag2mask.stages.classify import MODEL
 from tag2mask.stages.segment import load_segmenter, predict_masks
 
-__all__ = ["Options", "Recipe", "Run", "evaluate", "folder_recipe", "load", "predict", "prepare", "report", "run"]
+__all__ = ["Options", "Recipe", "Run", "evaluate", "folder_recipe", "load", "predict", "prepare", "run", "write_report"]
 
 
 def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, work: str | Path = "work",
@@ -39,7 +37,7 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, work: str
     wrong with the recipe or the data.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
-    return runs.run(loaded, Path(work), options)
+    return runner.run(loaded, Path(work), options)
 
 
 def folder_recipe(
@@ -54,10 +52,11 @@ def folder_recipe(
 def network_overrides(
     recipe: str, *, backbone: str | None = None, weights: str | None = None, epochs: float | None = None
 ) -> list[str]:
-    """Overrides: one backbone, one source of weights ("none": from scratch) for all networks; the classifier's epochs."""
-    tree = yaml.safe_load(load_text(recipe)).get("stages") or {}
-    networks = [name for name, stage in tree.items() if "backbone" in (stage.get("net") or {})]
-    classifiers = [name for name, stage in tree.items() if stage.get("do") == "classify"]
+    """Overrides: one backbone, one source of weights ("none": from scratch) for all networks; classifiers' epochs."""
+    stages = written_stages(recipe)
+    nets = {name: stage.get("net") for name, stage in stages.items()}
+    networks = [name for name, net in nets.items() if isinstance(net, dict) and "backbone" in net]
+    classifiers = [name for name, stage in stages.items() if stage.get("do") == "classify"]
     found = [f"{name}.net.backbone.name={json.dumps(backbone)}" for name in networks if backbone is not None]
     chosen = None if weights == "none" else weights
     found += [f"{name}.net.backbone.weights={json.dumps(chosen)}" for name in networks if weights is not None]
@@ -69,7 +68,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def report(work: str | Path, name: str | None = None) -> Path:
+def write_report(work: str | Path, name: str | None = None) -> Path:
     """Write the page of a run (the newest in `work`, or the one of recipe `name`) and return its path."""
     record = collect.find_record(Path(work), name)
     path = Path(work) / f"{record['name']}-report.html"
@@ -90,7 +89,7 @@ def find_model(path: str | Path) -> Path:
 
 def predict(
     model: str | Path, images: str | Path, out: str | Path, *, overlays: bool = False, device: Device = "auto",
-    workers: int = 2, batch: int = 8,
+    workers: int = 2, batch: int = 4,
 ) -> int:  # fmt: skip
     """Masks of untagged images by a trained segmenter: `out`/masks/<name>.png, with overlays in `out`/overlays.
 
@@ -109,6 +108,7 @@ def predict(
         raise UserError(f"{root}: {twice[0]} exists with several endings, their masks would overwrite each other")
     paths = [found[name][0] for name in names]
     outputs = [target / "masks" / f"{name}.png" for name in names]
+    make_folder(target, "--out")
     predict_masks(segmenter, partial(_nth, paths), outputs, devices, workers=workers, batch=batch)
     if overlays and devices.main:
         for path, mask in zip(paths, outputs, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -13,7 +14,7 @@ import typer
 from tag2mask.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
-    from tag2mask.run import Options, Run
+    from tag2mask.runner import Options, Run
 
 app = typer.Typer(
     name="tag2mask",
@@ -129,7 +130,7 @@ def report(
     """Write the page of a run again and print its path."""
     from tag2mask import api
 
-    typer.echo(api.report(work, name))
+    typer.echo(api.write_report(work, name))
 
 
 @app.command()
@@ -200,7 +201,7 @@ def describe(
 
 
 def _options(device: Literal["auto", "cpu", "cuda", "mps"], workers: int, save_every: int) -> Options:
-    from tag2mask.run import Options
+    from tag2mask.runner import Options
 
     return Options(device, workers, save_every)
 
@@ -225,7 +226,7 @@ def _run(recipe: Any, overrides: list[str], work: Path, options: Options, as_jso
     done: Run = api.run(recipe, overrides, work=work, options=options)
     if not api.is_main_process():
         return
-    outcome = tables.outcome(done, api.report(work, done.recipe.name))
+    outcome = tables.outcome(done, api.write_report(work, done.recipe.name))
     typer.echo(json.dumps(outcome, indent=1) if as_json else tables.outcome_text(outcome))
 
 
@@ -234,7 +235,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: _interrupt(130))
     signal.signal(signal.SIGTERM, lambda *_: _interrupt(75))
     try:
-        app()
+        app(prog_name="tag2mask")
     except UserError as fault:
         print(f"tag2mask: {fault}", file=sys.stderr)
         sys.exit(2)
@@ -243,6 +244,11 @@ def main() -> None:
         sys.exit(stop.code)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as fault:
+        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"tag2mask: {fault}; make room or give access, and the same command goes on from here", file=sys.stderr)
+        sys.exit(2)
 
 
 def _interrupt(code: int) -> None:

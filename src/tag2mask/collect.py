@@ -35,7 +35,10 @@ def find_record(work: Path, name: str | None) -> dict[str, Any]:
     if not found:
         what = f"run of {name!r}" if name else "run"
         raise UserError(f"{work}: no {what} here; give the folder that was used as --work")
-    record: dict[str, Any] = read_json(found[-1])
+    try:
+        record: dict[str, Any] = read_json(found[-1])
+    except ValueError:
+        raise UserError(f"{found[-1]}: is damaged; run the recipe again, finished stages are skipped") from None
     return record
 
 

@@ -111,6 +111,14 @@ def _seal(stage: Stage, folder: Path, seconds: float, facts: Mapping[str, Any]) 
     )  # fmt: skip
 
 
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder, with those above it. Raises UserError naming the option where that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot make this folder ({error.strerror}); give another one") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that appears whole or not at all."""
     part = path.with_name(path.name + ".part")

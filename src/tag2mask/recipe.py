@@ -82,6 +82,13 @@ def load_text(name: str) -> str:
     return _text(name)[1]
 
 
+def written_stages(which: str | Path) -> dict[str, Settings]:
+    """The stages of a recipe as written, unchecked; those that are no mapping are left out (`load` reports them)."""
+    name, text = _text(which)
+    stages = _mapping(_parse(text, str(which)).get("stages"), f"{name}: stages")
+    return {stage: given for stage, given in stages.items() if isinstance(given, dict)}
+
+
 def load(which: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A built-in recipe by name or a YAML file by path, with `key=value` overrides applied, checked.
 

@@ -17,7 +17,7 @@ from tag2mask.baselines import BASELINES
 from tag2mask.errors import UserError
 from tag2mask.methods import METHODS
 from tag2mask.pipeline import MANIFEST, read_json
-from tag2mask.run import Run
+from tag2mask.runner import Run
 from tag2mask.segment import SEGMENTERS
 from tag2mask.stages import STAGES
 
@@ -91,14 +91,19 @@ def available() -> dict[str, dict[str, str]]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A recipe's text, or a component's documentation and settings. Raises UserError for an unknown name."""
+    """A recipe's text, a component's documentation and settings, or both where they share the name.
+
+    Raises UserError for an unknown name.
+    """
+    found: dict[str, Any] = {"name": name}
     if name in recipes.built_in():
-        loaded = recipes.load_text(name)
-        return {"name": name, "text": loaded}
+        found["text"] = recipes.load_text(name).rstrip()
     everything: dict[str, Callable[..., Any]] = {
         **recipes.SOURCES, **BASELINES, **METHODS, **SEGMENTERS,
         **{stage: kind.function for stage, kind in STAGES.items()},
     }  # fmt: skip
+    if name not in everything and "text" in found:
+        return found
     if name not in everything:
         raise UserError(f"nothing is called {name!r}; {schema.meant(name, {**everything, **recipes.built_in()})}")
     component = everything[name]
@@ -110,7 +115,8 @@ def describe(name: str) -> dict[str, Any]:
         }
         for key, field in schema.fields(component).items()
     ]
-    return {"name": name, "text": inspect.getdoc(component) or "", "settings": settings}
+    texts = [*([found["text"]] if "text" in found else []), inspect.getdoc(component) or ""]
+    return found | {"text": "\n\n".join(texts), "settings": settings}
 
 
 def description(found: Mapping[str, Any]) -> str:

@@ -173,7 +173,7 @@ def two_processes(tmp_path_factory):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*launch, str(HERE / "two_processes.py"), str(out)],
+        [*launch, str(HERE / "worker.py"), str(out)],
         env=environment,
         capture_output=True,
         text=True,

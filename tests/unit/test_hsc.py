@@ -443,11 +443,8 @@ def test_what_does_not_fit_is_said():
     frozen.weight.requires_grad_(False)
     with pytest.raises(UserError, match="stub has none that can be trained"):
         HSC().bind(frozen, 3)
-    wrong_ones = {
-        "temperature": 0, "momentum": 0, "background": 1, "k_class": 0, "k_class_loss": 0, "k_pixel": 0, "crf_size": 200,
-        "rsc_range": (0.0, 1.0),
-    }  # fmt: skip
-    for name, value in wrong_ones.items():
+    wrong_ones = {"temperature": 0, "momentum": 0, "background": 1, "k_class": 0, "k_class_loss": 0, "k_pixel": 0}
+    for name, value in (wrong_ones | {"crf_size": 200, "rsc_range": (0.0, 1.0)}).items():
         with pytest.raises(UserError, match="hsc: "):
             HSC(**{name: value})
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tag2mask.ops.mean_field import RGB_SCALE, Kernels, mean_field, pair_weights, refine_labels
+from tag2mask.ops.mean_field import Kernels, colours_of, mean_field, pair_weights, refine_labels
 
 SMALL = Kernels(sigma=1.5, weight=0.7, sigma_xy=2.5, sigma_rgb=40.0, weight_rgb=1.3)
 
@@ -137,5 +137,5 @@ def test_colours_from_normalised_images():
     image = torch.randint(0, 256, (3, 2, 2), generator=torch.Generator().manual_seed(5)).float()
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalised = (image / 255 - mean[:, None, None]) / std[:, None, None]
-    shift = normalised * torch.tensor(RGB_SCALE) - image
+    shift = colours_of(normalised[None])[0] - image
     torch.testing.assert_close(shift, shift[:, :1, :1].expand_as(shift), atol=1e-3, rtol=0)

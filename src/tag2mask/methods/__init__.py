@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from tag2mask.core import Method
+from tag2mask.methods.hsc import HSC
 from tag2mask.methods.ppc import PPC
 
-METHODS: Mapping[str, type[Method]] = {"ppc": PPC}
+METHODS: Mapping[str, type[Method]] = {"hsc": HSC, "ppc": PPC}
 
-__all__ = ["METHODS", "PPC"]
+__all__ = ["HSC", "METHODS", "PPC"]

@@ -21,9 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Turns images as the networks see them (ImageNet mean and standard deviation) into colours up to a constant shift,
-# which no kernel notices: multiply by this.
-RGB_SCALE = (((255 * 0.229,),), ((255 * 0.224,),), ((255 * 0.225,),))  # [3 1 1]
+RGB_SCALE = (58.395, 57.12, 57.375)  # 255 * standard deviation of ImageNet, by which images are normalised
 
 # Anything that refines labels: (labels [B h w] in 0..count - 1, colours [B 3 h w] in steps of 0..255, count,
 # valid [B h w] or None) -> labels [B h w].
@@ -42,6 +40,12 @@ class Kernels:
 
 
 LABEL_KERNELS = Kernels()  # the usual choice where the unary comes from labels (IRN, PPC, HSC)
+
+
+@torch.no_grad()
+def colours_of(images: Tensor) -> Tensor:
+    """Normalised images [B 3 h w] in steps of 0..255; a constant is missing, which makes no difference to kernels."""
+    return torch.stack([images[:, channel] * scale for channel, scale in enumerate(RGB_SCALE)], dim=1)
 
 
 @torch.no_grad()

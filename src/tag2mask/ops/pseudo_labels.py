@@ -11,7 +11,7 @@ from torch import Tensor
 from tag2mask.core import Batch
 from tag2mask.ops.cams import resize_corners
 from tag2mask.ops.contrast import IGNORE, confidence, top_pixels, valid_on_grid
-from tag2mask.ops.mean_field import RGB_SCALE, Refiner
+from tag2mask.ops.mean_field import Refiner, colours_of
 
 Size = tuple[int, int]
 
@@ -55,7 +55,7 @@ class Labeller:
         if size != grid:
             labels = self.assign(cams, batch, size)[1]
         inside = labels != IGNORE
-        colours = resize_corners(images, size) * images.new_tensor(RGB_SCALE)
+        colours = colours_of(resize_corners(images, size))
         labels = self.refiner(torch.where(inside, labels, 0), colours, batch.tags.shape[1] + 1, inside)
         labels = torch.where(inside, labels, IGNORE)
         if size != grid:

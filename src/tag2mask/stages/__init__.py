@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tag2mask.data.source import Source
-from tag2mask.schema import Settings
+from tag2mask.pipeline import Stage
 from tag2mask.stages.cams import cams
 from tag2mask.stages.classify import check_classifier, classify
 from tag2mask.stages.context import Context
-from tag2mask.stages.evaluate import evaluate_classifier, evaluate_maps, evaluate_masks
+from tag2mask.stages.evaluate import check_split, evaluate_classifier, evaluate_maps, evaluate_masks
 from tag2mask.stages.labels import labels
 from tag2mask.stages.segment import check_segmenter, predict, segment
 
@@ -17,13 +17,13 @@ from tag2mask.stages.segment import check_segmenter, predict, segment
 class StageKind:
     """What a recipe can `do`.
 
-    function: does it. preflight: looks at (source, settings) before any stage runs and raises UserError for what the
-    signature cannot tell: a backbone that does not exist, weights that do not fit. version: raised by hand when the
-    meaning of the output changes.
+    function: does it. preflight: looks at (source, stage) before any stage runs and raises UserError for what the
+    signature cannot tell: a backbone that does not exist, images to score that will have no mask. version: raised by
+    hand when the meaning of the output changes.
     """
 
     function: Callable[..., None]
-    preflight: Callable[[Source, Settings], None] | None = None
+    preflight: Callable[[Source, Stage], None] | None = None
     version: int = 1
 
 
@@ -34,8 +34,8 @@ STAGES = {
     "segment": StageKind(segment, check_segmenter),
     "predict": StageKind(predict),
     "evaluate_classifier": StageKind(evaluate_classifier),
-    "evaluate_maps": StageKind(evaluate_maps),
-    "evaluate_masks": StageKind(evaluate_masks),
+    "evaluate_maps": StageKind(evaluate_maps, check_split),
+    "evaluate_masks": StageKind(evaluate_masks, check_split),
 }
 
 __all__ = ["STAGES", "Context", "StageKind"]

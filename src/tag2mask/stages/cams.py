@@ -25,7 +25,7 @@ def cams(
     of: Annotated[Path, Input(("classify",))],
     scales: Scales = (0.5, 1.0, 1.5, 2.0),
     flip: bool = True,
-    batch: BatchSize = 16,
+    batch: BatchSize = 4,
 ) -> None:
     """Maps of every train image, of its tagged classes only: half precision, a quarter of the size, values 0..1.
 

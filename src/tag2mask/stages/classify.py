@@ -16,7 +16,7 @@ from tag2mask.engine import Training, fit
 from tag2mask.errors import UserError
 from tag2mask.methods import METHODS
 from tag2mask.ops.seed import seed_of
-from tag2mask.pipeline import read_json, write_json
+from tag2mask.pipeline import Stage, read_json, write_json
 from tag2mask.schema import ManyOf, OneOf, Settings, make
 from tag2mask.stages.context import Context
 
@@ -55,10 +55,10 @@ def classify(
         (ctx.out / "last.ckpt").unlink(missing_ok=True)
 
 
-def check_classifier(source: Source, settings: Settings) -> None:
+def check_classifier(source: Source, stage: Stage) -> None:
     """Build the network once, before anything runs. Raises UserError if it cannot be built or lacks a side input."""
-    net = settings["net"]
-    objective = _build(net, settings["methods"], len(source.classes), settings["bf16"])
+    net = stage.settings["net"]
+    objective = _build(net, stage.settings["methods"], len(source.classes), stage.settings["bf16"])
     missing = sorted(objective.net.needs - source.split("train").side.keys())
     if missing:
         raise UserError(f"net: {net['name']} needs {', '.join(missing)} maps; give data.{missing[0]}")

@@ -14,10 +14,11 @@ from tag2mask.data.augment import normalise
 from tag2mask.data.images import read_mask
 from tag2mask.data.maps import map_path, read_maps
 from tag2mask.data.same_size import ahead, same_size_batches
-from tag2mask.data.source import Mask, Samples, Split
+from tag2mask.data.source import Mask, Samples, Source, Split
+from tag2mask.errors import UserError
 from tag2mask.metrics import Confusion, MaskShares, ThresholdCurve, mean_average_precision
 from tag2mask.ops.cams import best_class
-from tag2mask.pipeline import write_json
+from tag2mask.pipeline import Stage, write_json
 from tag2mask.schema import Input
 from tag2mask.stages.classify import load_classifier
 from tag2mask.stages.context import BatchSize, Context
@@ -105,6 +106,19 @@ def evaluate_masks(ctx: Context, *, of: Annotated[Path, Input(("labels", "predic
         return _write(ctx, "masks", split, samples, result | {"skipped": NO_MASKS})
     write_json(ctx.out / PER_IMAGE, {name: score for name, score in per_image.items() if not np.isnan(score)})
     return _write(ctx, "masks", split, samples, result | total.scores().to_dict(classes) | {"threshold_by": "recipe"})
+
+
+def check_split(source: Source, stage: Stage) -> None:
+    """Look whether every image to score will have its map or mask. Raises UserError if not."""
+    split, of = stage.settings["split"], stage.inputs["of"]
+    made = of.settings.get("split", "train")
+    scored, there = source.split(split).names, set(source.split(made).names)
+    missing = [name for name in scored if name not in there]
+    if missing:
+        raise UserError(
+            f"split: {of.name} is made for the images in {made!r}, and {len(missing)} of the {len(scored)} images in "
+            f"{split!r} are not there, the first is {missing[0]}; set split: {made} or correct the lists of the data"
+        )
 
 
 def _pairs(ctx: Context, of: Path, samples: Samples) -> Iterator[tuple[str, Mask, Mask | None]]:

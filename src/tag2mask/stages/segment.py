@@ -20,7 +20,7 @@ from tag2mask.engine import Devices, Training, fit
 from tag2mask.errors import UserError
 from tag2mask.export import write_mask
 from tag2mask.ops.seed import seed_of
-from tag2mask.pipeline import read_json, write_json
+from tag2mask.pipeline import Stage, read_json, write_json
 from tag2mask.schema import Input, OneOf, Settings, make
 from tag2mask.segment import SEGMENTERS, DeepLab, SegmentObjective
 from tag2mask.segment import predict as probabilities
@@ -65,13 +65,14 @@ def segment(
         (ctx.out / "last.ckpt").unlink(missing_ok=True)
 
 
-def check_segmenter(source: Source, settings: Settings) -> None:
+def check_segmenter(source: Source, stage: Stage) -> None:
     """Build the network once, before anything runs. Raises UserError if it cannot be built."""
-    make(SEGMENTERS[settings["net"]["name"]], settings["net"], num_classes=len(source.classes))
+    net = stage.settings["net"]
+    make(SEGMENTERS[net["name"]], net, num_classes=len(source.classes))
 
 
 def predict(
-    ctx: Context, *, of: Annotated[Path, Input(("segment",))], split: Split = "test", batch: BatchSize = 8
+    ctx: Context, *, of: Annotated[Path, Input(("segment",))], split: Split = "test", batch: BatchSize = 4
 ) -> None:
     """Masks of one split by the segmenter; tags are not used.
 
@@ -96,8 +97,9 @@ def load_segmenter(folder: Path) -> Segmenter:
         net = make(SEGMENTERS[model["net"]["name"]], without_weights(model["net"]), num_classes=len(model["classes"]))
         net.load_state_dict(load_file(folder / WEIGHTS))
         return Segmenter(net.eval(), tuple(model["classes"]), model["scales"], model["flip"])
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not the folder of a trained segmenter ({type(error).__name__}: {error})") from None
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{folder}: not the folder of a trained segmenter, or a damaged one ({reason})") from None
 
 
 def predict_masks(

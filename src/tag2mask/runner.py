@@ -16,7 +16,7 @@ from tag2mask import progress, schema
 from tag2mask.data.source import CheckedSource
 from tag2mask.engine import Device, Devices
 from tag2mask.errors import UserError
-from tag2mask.pipeline import Stage, execute, write_json
+from tag2mask.pipeline import Stage, execute, make_folder, write_json
 from tag2mask.recipe import Recipe
 from tag2mask.stages import STAGES, Context
 
@@ -52,7 +52,7 @@ def prepare(recipe: Recipe, work: Path, devices: Devices | None = None) -> Run:
     """Check the data and plan the stages. Raises UserError with all faults of the data in one report."""
     source = recipe.source()
     cache = work / "checked-images.json"
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work, "--work")
     if devices is None or devices.main:
         source.check(cache)
     if devices is not None and devices.world > 1:
@@ -93,8 +93,8 @@ def _preflight(stage: Stage, source: CheckedSource, devices: Devices) -> None:
     check = STAGES[stage.kind].preflight
     if check is not None:
         try:
-            check(source, stage.settings)
-        except UserError as fault:
+            check(source, stage)
+        except (UserError, ValueError) as fault:  # ValueError: a number that a layer of torch does not accept
             raise UserError(f"{stage.name}: {fault}") from None
 
 
