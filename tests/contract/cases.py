@@ -111,13 +111,20 @@ class Pair:
         return self.title or "+".join((self.net, *self.methods))
 
 
+SEAM = {"scale": 0.5, "dropout": 0.0}
+EPS_PCM = {"pcm": True, "size": 32}
 PAIRS = (
     Pair("cam"),
     Pair("cam", {"example": {}}),
-    Pair("seam", settings={"scale": 0.5, "dropout": 0.0}),
-    Pair("eps", background={"net.classifier": "last"}),
-    Pair("eps", settings={"pcm": True, "size": 32}, background={"net.classifier": "last"}, title="eps(pcm)"),
     Pair("cam", {"ppc": {"size": None, "scale": 0.5}}),
+    Pair("cam", {"hsc": {"size": 32}}),
+    Pair("seam", settings=SEAM),
+    Pair("seam", {"ppc": {"size": None, "scale": 0.5}}, SEAM),
+    Pair("seam", {"hsc": {"size": 32}}, SEAM),
+    Pair("eps", background={"net.classifier": "last"}),
+    Pair("eps", settings=EPS_PCM, background={"net.classifier": "last"}, title="eps(pcm)"),
+    Pair("eps", {"ppc": {"size": 32}}, EPS_PCM, background={"net.classifier": "last"}),
+    Pair("eps", {"hsc": {"size": 32, "saliency": True}}, EPS_PCM, background={"net.classifier": "last"}),
 )  # fmt: skip
 
 BROKEN_PAIR = Pair("cam", {"local": {}})

@@ -89,21 +89,6 @@ def test_marginals(colours):
             torch.testing.assert_close(found[image].double(), torch.tensor(slow), rtol=1e-5, atol=1e-5)
 
 
-def test_labels_with_equal_unaries_share_a_lane(colours):
-    pairs = pair_weights(colours, SMALL)
-    unary = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(3))
-    full = mean_field(torch.cat([unary[:, :2], unary[:, 2:].expand(-1, 7, -1)], dim=1), pairs)
-    short = mean_field(unary, pairs, multiplicity=torch.tensor([1.0, 1.0, 7.0]))
-    torch.testing.assert_close(short, full[:, :3])
-
-
-def test_a_lane_of_nothing_changes_nothing(colours):
-    pairs = pair_weights(colours, SMALL)
-    unary = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(3))
-    out = mean_field(unary, pairs, multiplicity=torch.tensor([1.0, 0.0, 1.0]))
-    torch.testing.assert_close(out[:, ::2], mean_field(unary[:, ::2], pairs))
-
-
 @pytest.mark.parametrize("count", [2, 4, 21])
 def test_refined_labels(colours, count):
     draws = torch.Generator().manual_seed(4)

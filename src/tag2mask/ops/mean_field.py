@@ -67,21 +67,11 @@ def pair_weights(colours: Tensor, kernels: Kernels = LABEL_KERNELS, valid: Tenso
 
 
 @torch.no_grad()
-def mean_field(unary: Tensor, pairs: Tensor, iterations: int = 10, multiplicity: Tensor | None = None) -> Tensor:
-    """Marginals Q [B L P] of a Potts model with energies `unary` [B L P] and `pairs` [B P P].
-
-    multiplicity [L]: lane l stands for so many labels with the same unary. Such labels keep the same marginal for
-    ever, so this is exact; Q is then the marginal of one of them. 0 takes a lane out.
-    """
-    copies = unary.new_ones(unary.shape[1]) if multiplicity is None else multiplicity
-    copies = copies[None, :, None]
-
-    def normalised(score: Tensor) -> Tensor:
-        return (score + copies.log()).softmax(dim=1) / copies.clamp(min=1)
-
-    marginals = normalised(-unary)
+def mean_field(unary: Tensor, pairs: Tensor, iterations: int = 10) -> Tensor:
+    """Marginals Q [B L P] of a Potts model with energies `unary` [B L P] and `pairs` [B P P]."""
+    marginals = (-unary).softmax(dim=1)
     for _ in range(iterations):
-        marginals = normalised(marginals @ pairs - unary)
+        marginals = (marginals @ pairs - unary).softmax(dim=1)
     return marginals
 
 
@@ -98,22 +88,15 @@ def refine_labels(
 ) -> Tensor:
     """Labels [B h w] in 0..count - 1 after the CRF; `colours` [B 3 h w] in 0..255 of the same grid; count >= 2.
 
-    Unary: -log gt_prob for a pixel's own label, -log((1 - gt_prob) / (count - 1)) for every other. Labels that occur
-    nowhere in an image share one lane on a CPU. On an accelerator each label has a lane: counting the labels that
-    occur would make the host wait, and a few rows more cost nothing there.
+    Unary: -log gt_prob for a pixel's own label, -log((1 - gt_prob) / (count - 1)) for every other. Every label takes
+    part, whether it occurs or not: to find out which do would make the host wait for the device.
     """
     flat = labels.flatten(1)
-    occurs = torch.zeros(len(flat), count, device=flat.device).scatter_(1, flat, 1.0)
-    lanes = int(occurs.sum(dim=1).max()) if flat.device.type == "cpu" else count
-    names = occurs.argsort(dim=1, descending=True, stable=True)[:, :lanes]  # [B lanes], those that occur come first
-    own = flat[:, None, :] == names[:, :, None]
-    own = torch.cat([own, torch.zeros_like(own[:, :1])], dim=1)  # the last lane: all other labels
+    own = flat[:, None, :] == torch.arange(count, device=flat.device)[:, None]
     mine, other = -math.log(gt_prob), -math.log((1 - gt_prob) / (count - 1))
     unary = torch.where(own, mine, other).to(colours.dtype)
-    multiplicity = unary.new_ones(lanes + 1)
-    multiplicity[-1] = count - lanes
-    marginals = mean_field(unary, pair_weights(colours, kernels, valid), iterations, multiplicity)
-    return names.gather(1, marginals[:, :lanes].argmax(dim=1)).view_as(labels)
+    marginals = mean_field(unary, pair_weights(colours, kernels, valid), iterations)
+    return marginals.argmax(dim=1).view_as(labels)
 
 
 def _gaussian(x: Tensor) -> Tensor:
