@@ -111,21 +111,22 @@ class Pair:
         return self.title or "+".join((self.net, *self.methods))
 
 
-SEAM = {"scale": 0.5, "dropout": 0.0}
-EPS_PCM = {"pcm": True, "size": 32}
+SEAM, EPS_PCM = {"scale": 0.5, "dropout": 0.0}, {"pcm": True, "size": 32}
+EPS_LAST, HSC_FIRST = {"net.classifier": "last"}, {"methods.hsc.": "first"}
+PPC, HSC = {"ppc": {"size": None, "scale": 0.5}}, {"hsc": {"size": 32}}
 PAIRS = (
     Pair("cam"),
     Pair("cam", {"example": {}}),
-    Pair("cam", {"ppc": {"size": None, "scale": 0.5}}),
-    Pair("cam", {"hsc": {"size": 32}}),
+    Pair("cam", PPC),
+    Pair("cam", HSC, background=HSC_FIRST),
     Pair("seam", settings=SEAM),
-    Pair("seam", {"ppc": {"size": None, "scale": 0.5}}, SEAM),
-    Pair("seam", {"hsc": {"size": 32}}, SEAM),
-    Pair("eps", background={"net.classifier": "last"}),
-    Pair("eps", settings=EPS_PCM, background={"net.classifier": "last"}, title="eps(pcm)"),
-    Pair("eps", {"ppc": {"size": 32}}, EPS_PCM, background={"net.classifier": "last"}),
-    Pair("eps", {"hsc": {"size": 32, "saliency": True}}, EPS_PCM, background={"net.classifier": "last"}),
-)  # fmt: skip
+    Pair("seam", PPC, SEAM),
+    Pair("seam", HSC, SEAM, background=HSC_FIRST),
+    Pair("eps", background=EPS_LAST),
+    Pair("eps", settings=EPS_PCM, background=EPS_LAST, title="eps(pcm)"),
+    Pair("eps", {"ppc": {"size": 32}}, EPS_PCM, background=EPS_LAST),
+    Pair("eps", {"hsc": {"size": 32, "saliency": True}}, EPS_PCM, background=EPS_LAST | HSC_FIRST),
+)
 
 BROKEN_PAIR = Pair("cam", {"local": {}})
 

@@ -143,6 +143,7 @@ def test_bfloat16_changes_little_and_losses_stay_float32(pair):
 def test_no_step_makes_the_host_wait_or_loops_over_classes_images_or_pixels(pair):
     def operations(classes, images, size):
         objective = trained(pair, num_classes=classes) if classes == CLASSES else build(pair, num_classes=classes)
+        objective.zero_grad(set_to_none=True)
         tags = F.one_hot(torch.arange(images) % (classes - 1), classes).tolist()
         batch = batch_of(tags, size=size)
         with no_host_sync() as watch:
@@ -179,7 +180,7 @@ def two_processes(tmp_path_factory):
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
     return out
 
 

@@ -17,12 +17,12 @@ from tag2mask.data.scenes import Scenes
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 TAG2MASK = [sys.executable, "-m", "tag2mask.cli"]
 
-NETS = [
-    *(f"{stage}.net.backbone.name=test_resnet" for stage in ("classify", "segment")),
-    *(f"{stage}.net.backbone.weights=null" for stage in ("classify", "segment")),
-    *(f"{stage}.augment.{setting}" for stage in ("classify", "segment") for setting in ("crop=32", "long=[32,48]")),
-    *("classify.train.epochs=1", "segment.train.epochs=1", "segment.net.width=16", "segment.net.dilation=2"),
+EACH = [
+    "net.backbone.name=test_resnet", "net.backbone.weights=null", "net.backbone.output_stride=16",
+    "train.epochs=1", "train.batch=16", "augment.crop=32", "augment.long=[32,48]",
 ]  # fmt: skip
+NETS = [f"{stage}.{setting}" for stage in ("classify", "segment") for setting in EACH]
+NETS += ["segment.net.width=16", "segment.net.dilation=2"]
 SCENES = ["data.images=24", "data.test=8", "data.size=48"]
 
 

@@ -81,7 +81,7 @@ class Killed:
 def runs(tmp_path_factory):
     """(a run that was left alone, one that was killed all the time, exit codes and words of the latter)."""
     whole, killed = Killed(tmp_path_factory.mktemp("whole")), Killed(tmp_path_factory.mktemp("killed"))
-    whole.finish()
+    alone = whole.start()
     said = [
         killed.stop(signal.SIGKILL, "classify", "last.ckpt"),
         killed.stop(signal.SIGTERM, "classify", "last.ckpt"),
@@ -91,6 +91,8 @@ def runs(tmp_path_factory):
         killed.stop(signal.SIGKILL, "segment", "last.ckpt"),
     ]
     killed.finish()
+    _, words = alone.communicate(timeout=240)
+    assert alone.returncode == 0, words
     return whole, killed, said
 
 
@@ -163,17 +165,15 @@ def test_labels_and_predictions_that_were_cut_short(runs, tag2mask):
     assert left == contents(whole.work)
 
 
-def test_two_runs_at_once_do_not_mix(tmp_path):
-    first, second = Killed(tmp_path), Killed(tmp_path)
-    one = first.start()
+def test_two_runs_at_once_do_not_mix(tmp_path, tag2mask):
+    one = Killed(tmp_path).start()
     try:
         end = time.monotonic() + 120
         while not list(tmp_path.glob("classify-*/last.ckpt")):
             assert one.poll() is None and time.monotonic() < end
             time.sleep(0.01)
-        two = second.start()
-        _, said = two.communicate(timeout=120)
+        two = tag2mask(*WORDS, "--work", tmp_path, "--workers", 0)
     finally:
         os.killpg(one.pid, signal.SIGKILL)
         one.communicate()
-    assert two.returncode == 2 and "another run is working on this stage; wait for it or stop it" in said
+    assert two.code == 2 and "another run is working on this stage; wait for it or stop it" in two.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import warnings
 from typing import Literal
 
 import torch
@@ -55,7 +56,9 @@ class Devices:
         """Move `model` to the device (in place) and wrap it for data-parallel training where there are several."""
         model.to(self.device)
         if self.world > 1 and any(p.requires_grad for p in model.parameters()):
-            wrapped: nn.Module = self._accelerator.prepare_model(model)
+            with warnings.catch_warnings():  # the new name of broadcast_buffers is unknown to older torch
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                wrapped: nn.Module = self._accelerator.prepare_model(model)
             return wrapped
         return model
 
