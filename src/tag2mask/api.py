@@ -45,7 +45,7 @@ def folder_recipe(
 ) -> Recipe:
     """The recipe for a folder of images; `data` are further arguments of `data.folder.Folder` (tags, masks, ...)."""
     given = {"images": str(images)} | {key: value for key, value in data.items() if value is not None}
-    as_yaml = [f"data.{key}={json.dumps(value)}" for key, value in given.items()]  # JSON is YAML
+    as_yaml = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
     return load(recipe, [*as_yaml, *overrides])
 
 

@@ -48,6 +48,9 @@ List = Annotated[Path | None, typer.Option("--list", help="Text file: images to 
 Score = Annotated[Path | None, typer.Option(help="Text file: training images whose masks are scored. Default: all.")]
 Test = Annotated[Path | None, typer.Option(help="Text file: images kept for testing the segmenter.")]
 Truth = Annotated[Path | None, typer.Option("--masks", help="Folder of true masks (index PNG), used only for scoring.")]
+Saliency = Annotated[
+    Path | None, typer.Option(help="Folder of saliency maps (grey images), for baselines that need them.")
+]
 Backbone = Annotated[str | None, typer.Option(help="Any timm model, e.g. resnet50.")]
 Weights = Annotated[
     str | None, typer.Option(help='"hub" (download), a .safetensors or .pth file, or "none" (from scratch).')
@@ -78,7 +81,7 @@ def run(
 def masks(
     folder: Folder,
     tags: Tags = None, classes: Classes = None, list_: List = None, score: Score = None, test: Test = None,
-    truth: Truth = None, backbone: Backbone = None, weights: Weights = None, epochs: Epochs = None,
+    truth: Truth = None, saliency: Saliency = None, backbone: Backbone = None, weights: Weights = None, epochs: Epochs = None,
     recipe: Annotated[str, typer.Option(help="The recipe for folders, built-in or a YAML file.")] = "folder",
     set_: Set = None, work: Work = Path("work"), device: DeviceName = "auto", workers: Workers = 2,
     save_every: SaveEvery = 200, as_json: AsJson = False,
@@ -86,7 +89,7 @@ def masks(
     """Masks for your tagged images, and a segmenter for those without tags."""
     from tag2mask import api
 
-    data = _folder_settings(tags, classes, list_, score, test, truth)
+    data = _folder_settings(tags, classes, list_, score, test, truth, saliency)
     network = api.network_overrides(recipe, backbone=backbone, weights=weights, epochs=epochs)
     loaded = api.folder_recipe(folder, data, [*network, *(set_ or [])], recipe=recipe)
     _run(loaded, [], work, _options(device, workers, save_every), as_json)
@@ -165,14 +168,14 @@ def status(
 def check(
     folder: Folder,
     tags: Tags = None, classes: Classes = None, list_: List = None, score: Score = None, test: Test = None,
-    truth: Truth = None,
+    truth: Truth = None, saliency: Saliency = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Look a folder and its tags over: every fault in one report, or what there is."""
     from tag2mask import tables
     from tag2mask.data import folder as folders
 
-    given = _folder_settings(tags, classes, list_, score, test, truth)
+    given = _folder_settings(tags, classes, list_, score, test, truth, saliency)
     source = folders.Folder(images=str(folder), **{key: value for key, value in given.items() if value is not None})
     source.check()
     summary = source.summary()
@@ -213,9 +216,10 @@ def _folder_settings(
     score: Path | None,
     test: Path | None,
     truth: Path | None,
+    saliency: Path | None,
 ) -> dict[str, Any]:
     """The options of `masks` and `check` as arguments of data.folder.Folder."""
-    paths = {"tags": tags, "list": list_, "score": score, "test": test, "masks": truth}
+    paths = {"tags": tags, "list": list_, "score": score, "test": test, "masks": truth, "saliency": saliency}
     found: dict[str, Any] = {key: None if path is None else str(path) for key, path in paths.items()}
     return found | {"classes": [name.strip() for name in classes.split(",")] if classes else None}
 

@@ -70,7 +70,7 @@ def fields(component: Callable[..., Any]) -> dict[str, Field]:
     hints = get_type_hints(target, include_extras=True)
     found = {}
     for parameter in inspect.signature(target).parameters.values():
-        if parameter.name in PROVIDED:
+        if parameter.name in PROVIDED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         hint, marker = hints.get(parameter.name, Any), None
         if get_origin(hint) is Annotated and isinstance(get_args(hint)[1], Marker):

@@ -53,11 +53,11 @@ class Scenes:
     ) -> None:
         for key, count, least in (("images", images, 8), ("test", test, 1), ("size", size, 32), ("seed", seed, 0)):
             if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise UserError(f"scenes.{key}: {count!r} does not work; give a whole number of {least} or more")
+                raise UserError(f"data.{key}: {count!r} does not work; give a whole number of {least} or more")
         knobs = {"part": part, "context": context, "variety": variety, "alike": alike}
         for key, value in knobs.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-                raise UserError(f"scenes.{key}: {value!r} does not work; give a number from 0 to 1")
+                raise UserError(f"data.{key}: {value!r} does not work; give a number from 0 to 1")
         self.images, self.test, self.size = images, test, size
         self.setup = Setup(size, seed, Knobs(**{key: float(value) for key, value in knobs.items()}))
         content = json.dumps([VERSION, images, test, self.setup])

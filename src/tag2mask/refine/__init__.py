@@ -1,0 +1,1 @@
+"""Refinement of maps and masks: dense CRF, random walk, affinity networks."""

@@ -8,8 +8,11 @@ The outputs have K + 1 channels in the order of index masks: 0 is background, k 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from tag2mask.backbones import BackboneSettings, TimmCNN
@@ -58,8 +61,8 @@ class DeepLab(nn.Module):
         num_classes: int,
         *,
         backbone: BackboneSettings,
-        width: int = 512,
-        dilation: int = 12,
+        width: Annotated[int, Field(ge=1)] = 512,
+        dilation: Annotated[int, Field(ge=1)] = 12,
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
