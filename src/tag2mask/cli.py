@@ -81,7 +81,8 @@ def run(
 def masks(
     folder: Folder,
     tags: Tags = None, classes: Classes = None, list_: List = None, score: Score = None, test: Test = None,
-    truth: Truth = None, saliency: Saliency = None, backbone: Backbone = None, weights: Weights = None, epochs: Epochs = None,
+    truth: Truth = None, saliency: Saliency = None,
+    backbone: Backbone = None, weights: Weights = None, epochs: Epochs = None,
     recipe: Annotated[str, typer.Option(help="The recipe for folders, built-in or a YAML file.")] = "folder",
     set_: Set = None, work: Work = Path("work"), device: DeviceName = "auto", workers: Workers = 2,
     save_every: SaveEvery = 200, as_json: AsJson = False,
