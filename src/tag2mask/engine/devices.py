@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import sys
 import warnings
@@ -37,6 +39,8 @@ class Devices:
             cpu=device == "cpu", kwargs_handlers=[plain_ddp], dataloader_config=DataLoaderConfiguration()
         )
         self.device: torch.device = self._accelerator.device
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
 
@@ -91,3 +95,17 @@ class Devices:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         unit = 2**20 if sys.platform == "darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep the memory that tensors on the CPU free (glibc only; elsewhere nothing happens).
+
+    By default glibc returns every large block to the system at once and gets it back zeroed, page by page: for
+    convolutions on images that costs more than the arithmetic, inference runs 2 to 3 times as fast without.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)
