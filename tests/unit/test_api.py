@@ -35,8 +35,9 @@ def test_overrides_for_every_network_of_a_recipe():
     found = api.network_overrides("folder", backbone="resnet18", weights="none", epochs=2)
     recipe = api.folder_recipe("x", {}, found)
     for stage in ("classify", "segment"):
-        assert recipe.stages[stage]["net"]["backbone"] | {"name": "resnet18", "weights": None} == (
-            recipe.stages[stage]["net"]["backbone"]
+        assert (
+            recipe.stages[stage]["net"]["backbone"] | {"name": "resnet18", "weights": None}
+            == (recipe.stages[stage]["net"]["backbone"])
         )
     assert (recipe.stages["classify"]["train"]["epochs"], recipe.stages["segment"]["train"]["epochs"]) == (2, 5)
 
