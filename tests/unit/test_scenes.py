@@ -282,5 +282,5 @@ def test_summary_counts():
     ],
 )
 def test_bad_arguments_name_the_key(key, value):
-    with pytest.raises(UserError, match=rf"scenes\.{key}"):
+    with pytest.raises(UserError, match=rf"data\.{key}"):
         Scenes(**{key: value})
