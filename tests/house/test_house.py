@@ -224,9 +224,9 @@ def tracked():
     return [path for path in listed if path.is_file() and path != Path(__file__)]
 
 
-WORKPLACE = re.compile(
-    r"(?<![\w.$}])/(root|home/\w+|Users/\w+|work/\w+|tmp/\w+|mnt/\w+)/"  # somebody's machine
-    r"|\.\./shared|(extra-)?index-url|trusted-host|//[^/\s]*/(simple|artifactory|nexus)/"  # somebody's network
+SOMEBODYS = re.compile(
+    r"(?<![\w.$}])/(home/\w+|Users/\w+|tmp/\w+|mnt/\w+)/"  # somebody's machine
+    r"|(extra-)?index-url|trusted-host|//[^/\s]*/(simple|artifactory|nexus)/"  # somebody's network
 )
 
 
@@ -237,7 +237,7 @@ def test_no_file_knows_where_it_was_written():
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a picture
-        lines = [number for number, line in enumerate(text.splitlines(), start=1) if WORKPLACE.search(line)]
+        lines = [number for number, line in enumerate(text.splitlines(), start=1) if SOMEBODYS.search(line)]
         hits += [f"{path.relative_to(ROOT)}:{number}" for number in lines]
     assert hits == []
 
@@ -245,14 +245,13 @@ def test_no_file_knows_where_it_was_written():
 @pytest.mark.parametrize(
     "line, found",
     [
-        ("open('/root/data/a')", True),
+        ("open('/mnt/disk/a/b')", True),
         ("/home/anna/voc", True),
         ("pip install --index-url x", True),
         ("https://mirror.example/simple/torch", True),
-        ("/work/", False),
         ("work/classify-0123456789/", False),
         ("see https://example.org/home/x/y", False),
     ],
 )
-def test_the_search_for_workplaces_finds_them(line, found):
-    assert bool(WORKPLACE.search(line)) == found
+def test_the_search_for_machines_finds_them(line, found):
+    assert bool(SOMEBODYS.search(line)) == found
