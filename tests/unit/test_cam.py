@@ -82,7 +82,7 @@ class TestLoss:
         tags = (torch.rand(images, classes) > 0.5).double()
         tags[0] = 0  # an untagged image
         out = CamOutput(logits, logits[:, :, None, None], {})
-        loss = net(classes).losses(batch_of(torch.zeros(images, 3, 8, 8), tags), {FULL: out})
+        loss = net(classes).losses(batch_of(torch.zeros(images, 3, 8, 8), tags), {FULL: out}, Progress(0, 0))
         assert list(loss) == ["cls"]
         assert loss["cls"].item() == pytest.approx(loop_loss(logits, tags))
         loss["cls"].backward()
@@ -93,7 +93,9 @@ class TestLoss:
         out = CamOutput(logits, logits[:, :, None, None], {})
         for tags in ([[1.0, 0.0]], [[0.0, 1.0]]):
             logits.grad = None
-            loss = net(2).losses(batch_of(torch.zeros(1, 3, 8, 8), torch.tensor(tags)), {FULL: out})["cls"]
+            loss = net(2).losses(batch_of(torch.zeros(1, 3, 8, 8), torch.tensor(tags)), {FULL: out}, Progress(0, 0))[
+                "cls"
+            ]
             loss.backward()
             assert torch.isfinite(loss)
             assert torch.isfinite(logits.grad).all()

@@ -10,7 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tag2mask.core import FULL, Baseline, Batch, CamOutput, Method, Objective, Progress, View
+from tag2mask.core import (
+    FULL,
+    Baseline,
+    Batch,
+    CamOutput,
+    Method,
+    Objective,
+    Progress,
+    TrainingOnly,
+    View,
+    inference_state,
+    load_inference_state,
+)
 from tag2mask.errors import UserError
 from tag2mask.ops.gather import gather, mean_over_processes, processes, rank, sum_over_processes
 from tag2mask.ops.seed import seed_of
@@ -129,7 +141,7 @@ class Net(Baseline):
         cams = self.classifier(features["last"])
         return CamOutput(cams.mean((2, 3)), cams, features)
 
-    def losses(self, batch, outs):
+    def losses(self, batch, outs, progress):
         return {"cls": sum(out.logits.square().mean() for out in outs.values())}
 
     def after_step(self):
@@ -232,6 +244,50 @@ class TestObjective:
         with_method.on_epoch_start(0)
         with_method.after_step()
         assert plain.state_dict().keys() == with_method.state_dict().keys()
+
+
+class Appending(Method):
+    def bind(self, net, num_classes):
+        net.widen(2)
+
+    def adapt(self, features):
+        return {"last": torch.cat([features["last"], features["last"][:, :2]], dim=1)}
+
+
+class Remembering(Method):
+    def bind(self, net, num_classes):
+        self.head = nn.Linear(net.dims["last"], 1)
+        self.memory = TrainingOnly()
+
+    def remember(self, tags):
+        self.memory.register_buffer("rows", tags.float())
+
+
+class TestMemories:
+    def test_a_wider_classifier_is_there_before_other_methods_are_bound(self):
+        methods = {"r": Remembering(), "a": Appending()}
+        objective = Objective(Net(), methods, num_classes=3)
+        assert objective.net.classifier.weight.shape == (3, 6, 1, 1)
+        assert (objective.net.dims, objective.net.widened) == ({"last": 6}, 2)
+        assert Net.dims == {"last": 4}
+        assert objective.methods["r"].head.in_features == 6
+        assert objective.look(make_batch().images).features["last"].shape[1] == 6
+
+    def test_what_only_training_needs_is_in_checkpoints_and_not_in_exported_weights(self):
+        torch.manual_seed(0)
+        trained, fresh = (Objective(Net(), {"r": Remembering()}, num_classes=3) for _ in range(2))
+        trained.remember(torch.tensor([[0, 1, 0], [1, 1, 1]]))
+        assert "methods.r.memory.rows" in trained.state_dict()
+        state = inference_state(trained)
+        assert set(state) == set(trained.state_dict()) - {"methods.r.memory.rows"}
+        load_inference_state(fresh, state)
+        assert all(torch.equal(x, trained.state_dict()[name]) for name, x in fresh.state_dict().items())
+
+    def test_weights_of_another_network_are_refused(self):
+        fresh = Objective(Net(), {"r": Remembering()}, num_classes=3)
+        state = inference_state(fresh)
+        with pytest.raises(RuntimeError, match=r"missing: \['net.body.bias'\], unexpected: \['x'\]"):
+            load_inference_state(fresh, {n: v for n, v in state.items() if n != "net.body.bias"} | {"x": torch.ones(1)})
 
 
 class TestSeed:

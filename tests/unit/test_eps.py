@@ -127,7 +127,7 @@ def test_losses(settings):
     net, data = eps(**settings), batch()
     outs = random_outs(net, data, [(4, 4)])
     out = outs[FULL]
-    found = net.losses(data, outs)
+    found = net.losses(data, outs, Progress(0, 0))
     shares = torch.cat([out.cams, out.background], dim=1).softmax(dim=1)
     sal = loop_saliency_loss(
         shares, data.side["saliency"], data.tags, settings.get("overlap", 0.4), settings.get("foreground", 0.5)
@@ -156,7 +156,7 @@ def test_losses_with_pcm(refined_softmax, released_one_hot):
         sal_refined = sal_refined + loop_saliency_loss(parts, saliency, data.tags, 0.4, 0.5) / 2
     rest = equivariance(looks, grids, data.tags, released_one_hot=released_one_hot)
     expected = {"cls": cls, "sal": sal, "sal_refined": sal_refined} | rest
-    torch.testing.assert_close(net.losses(data, outs), expected)
+    torch.testing.assert_close(net.losses(data, outs, Progress(0, 0)), expected)
 
 
 def test_views_and_needs():
@@ -194,7 +194,7 @@ def test_what_learns_from_what():
     net, data = eps(pcm=True, size=32), batch()
     outs = {view: net.classify(net.encode(view(data.images)), view(data.images)) for view in net.views}
     correlation = {id(p) for p in net.pcm.parameters()}
-    for name, loss in net.losses(data, outs).items():
+    for name, loss in net.losses(data, outs, Progress(0, 0)).items():
         parameters = [p for p in net.parameters() if p.requires_grad]
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         reached = {id(p) for p, g in zip(parameters, grads, strict=True) if g is not None and g.abs().max() > 0}

@@ -50,7 +50,7 @@ class Net(Baseline):
         cams = self.classifier(features["last"])
         return CamOutput(cams.mean((2, 3)), cams, features)
 
-    def losses(self, batch, outs):
+    def losses(self, batch, outs, progress):
         return {"cls": F.multilabel_soft_margin_loss(outs[FULL].logits, batch.tags)}
 
 

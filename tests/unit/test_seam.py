@@ -107,7 +107,7 @@ def test_as_released(case):
     data = batch(1 if case == "one image" else 2)
     outs = random_outs(net, data, [(4, 5), (2, 3)], empty=case == "empty map")
     looks = [outs[view] for view in net.views]
-    found = net.losses(data, outs)
+    found = net.losses(data, outs, Progress(0, 0))
     cams = [torch.cat([torch.randn(len(o.cams), 1, *o.cams.shape[2:]), o.cams], dim=1) for o in looks]
     refined = [torch.cat([o.refined_background, o.refined], dim=1) for o in looks]
     expected = released(cams, refined, [(64, 64), (19, 19)], data.tags)
@@ -136,7 +136,7 @@ def test_on_the_grid():
     """Nothing is brought to image size."""
     net, data = seam(resolution="grid"), batch()
     outs = random_outs(net, data, [(4, 5), (2, 3)])
-    found = net.losses(data, outs)
+    found = net.losses(data, outs, Progress(0, 0))
     expected = equivariance([outs[v] for v in net.views], [(4, 5), (2, 3)], data.tags)
     torch.testing.assert_close({k: found[k] for k in expected}, expected)
 
@@ -145,10 +145,10 @@ def test_weights_and_hard_share():
     data = batch()
     plain, weighted = seam(), seam(er=2.0, ecr=0.0, rvmin=0.5, hard=1.0)
     outs = random_outs(plain, data, [(4, 4), (2, 2)])
-    one, two = plain.losses(data, outs), weighted.losses(data, outs)
+    one, two = plain.losses(data, outs, Progress(0, 0)), weighted.losses(data, outs, Progress(0, 0))
     torch.testing.assert_close([two["cls"], two["er"], two["rvmin"]], [one["cls"], 2 * one["er"], one["rvmin"] / 2])
     assert two["ecr"] == 0
-    everything = seam(hard=1.0).losses(data, outs)["ecr"]
+    everything = seam(hard=1.0).losses(data, outs, Progress(0, 0))["ecr"]
     assert 0 < everything < one["ecr"]
 
 
@@ -164,7 +164,7 @@ def test_what_learns_from_what():
     """L_cls and L_ER train trunk and classifier, L_ECR and L_rvmin the correlation module alone."""
     net, data = seam(), batch()
     outs = {view: net.classify(net.encode(view(data.images)), view(data.images)) for view in net.views}
-    losses = net.losses(data, outs)
+    losses = net.losses(data, outs, Progress(0, 0))
     correlation = {id(p) for p in net.pcm.parameters()}
     for name, loss in losses.items():
         parameters = [p for p in net.parameters() if p.requires_grad]

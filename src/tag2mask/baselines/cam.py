@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tag2mask.backbones import BackboneSettings, TimmCNN
-from tag2mask.core import FULL, Baseline, Batch, CamOutput, Features, Losses, View
+from tag2mask.core import FULL, Baseline, Batch, CamOutput, Features, Losses, Progress, View
 from tag2mask.ops.cams import pool
 
 
@@ -48,6 +48,6 @@ class CAM(Baseline):
         cams = self.classifier(self.dropout(features["last"]))
         return CamOutput(logits=pool(cams), cams=cams, features=features)
 
-    def losses(self, batch: Batch, outs: dict[View, CamOutput]) -> Losses:
+    def losses(self, batch: Batch, outs: dict[View, CamOutput], progress: Progress) -> Losses:
         """The classification loss."""
         return {"cls": F.multilabel_soft_margin_loss(outs[FULL].logits, batch.tags)}

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tag2mask.backbones import BackboneSettings, TimmCNN
-from tag2mask.core import FULL, Baseline, Batch, CamOutput, Features, Losses, View
+from tag2mask.core import FULL, Baseline, Batch, CamOutput, Features, Losses, Progress, View
 from tag2mask.ops.cams import pool
 from tag2mask.ops.equivariance import equivariance
 from tag2mask.ops.pcm import PCM, PCMOutput
@@ -95,7 +95,7 @@ class EPS(Baseline):
         refined, rest = self.pcm(cams, features, images)
         return PCMOutput(pool(cams), cams, features, refined=refined, background=background, refined_background=rest)
 
-    def losses(self, batch: Batch, outs: dict[View, CamOutput]) -> Losses:
+    def losses(self, batch: Batch, outs: dict[View, CamOutput], progress: Progress) -> Losses:
         """Classification and saliency; with a PCM also saliency of the refined maps and SEAM's terms."""
         looks = [outs[view] for view in self.views]
         salient = [view(batch.side["saliency"]) for view in self.views]

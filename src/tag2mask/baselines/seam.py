@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tag2mask.backbones import BackboneSettings, TimmCNN
-from tag2mask.core import FULL, Baseline, Batch, CamOutput, Features, Losses, View
+from tag2mask.core import FULL, Baseline, Batch, CamOutput, Features, Losses, Progress, View
 from tag2mask.ops.cams import pool
 from tag2mask.ops.equivariance import Size, equivariance, pool_resized
 from tag2mask.ops.pcm import PCM, PCMOutput
@@ -85,7 +85,7 @@ class SEAM(Baseline):
         logits = pool_resized(cams, _size(images)) if self.full else pool(cams)
         return PCMOutput(logits, cams, features, refined=refined, refined_background=background)
 
-    def losses(self, batch: Batch, outs: dict[View, CamOutput]) -> Losses:
+    def losses(self, batch: Batch, outs: dict[View, CamOutput], progress: Progress) -> Losses:
         """Classification, equivariant maps, equivariance across the module, background suppression."""
         looks = [cast(PCMOutput, outs[view]) for view in self.views]
         sizes = [_size(view(batch.valid) if self.full else outs[view].cams) for view in self.views]

@@ -12,8 +12,8 @@ from tag2mask.core.types import FULL, Batch, CamOutput, Features, Losses, Progre
 class Method(nn.Module):
     """Override only what the paper needs. Parameters train, persistent buffers are saved; nothing else is state.
 
-    Life of a method: bind, then for each epoch: on_epoch_start, then for each step: adapt, losses, after_step;
-    and cams when maps are exported.
+    Life of a method: bind, remember; on_epoch_start for each epoch; adapt, losses and after_step for each step; and
+    cams when maps are exported.
     """
 
     views: tuple[View, ...] = (FULL,)
@@ -21,8 +21,12 @@ class Method(nn.Module):
     def bind(self, net: Baseline, num_classes: int) -> None:
         """Create heads sized from `net.dims`, banks, prototypes, a teacher copy of `net`.
 
-        Raises UserError with a sentence when this method and this baseline cannot work together.
+        A method that overrides `adapt` is bound before the others. Raises UserError with a sentence when this method
+        and this baseline cannot work together.
         """
+
+    def remember(self, tags: Tensor) -> None:
+        """Make a memory for the training images, whose tags are [N K]; before training only, not at inference."""
 
     def adapt(self, features: Features) -> Features:
         """Change features before the classifier reads them, in training and at inference (RCA)."""

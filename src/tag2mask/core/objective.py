@@ -35,11 +35,17 @@ class Objective(nn.Module):
             owners = [name for name, m in methods.items() if getattr(type(m), hook) is not getattr(Method, hook)]
             if len(owners) > 1:
                 raise UserError(f"methods: {' and '.join(owners)} cannot be combined, both define {hook}(); keep one")
-        for method in methods.values():
+        for method in sorted(methods.values(), key=lambda m: type(m).adapt is Method.adapt):
             method.bind(net, num_classes)
         self._names = tuple(methods)
         self._parts: tuple[Method, ...] = tuple(methods.values())
         self.views: tuple[View, ...] = tuple(dict.fromkeys((*net.views, *(v for m in self._parts for v in m.views))))
+
+    def remember(self, tags: Tensor) -> None:
+        """Make the memories for the training images, whose tags are [N K] of 0/1; before training only."""
+        self.net.remember(tags)
+        for method in self._parts:
+            method.remember(tags)
 
     def look(self, images: Tensor) -> CamOutput:
         """One forward pass over one view [B 3 H W]; the output is float32."""
@@ -52,7 +58,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """All losses of one step, named "net/..." and "<method>/..."."""
         outs = {view: self.look(view(batch.images)) for view in self.views}
-        losses = {f"net/{name}": loss for name, loss in self.net.losses(batch, outs).items()}
+        losses = {f"net/{name}": loss for name, loss in self.net.losses(batch, outs, progress).items()}
         for key, method in zip(self._names, self._parts, strict=True):
             losses |= {f"{key}/{name}": loss for name, loss in method.losses(batch, outs, progress).items()}
         return losses

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tag2mask.baselines import BASELINES
-from tag2mask.core import Baseline, Method, Objective
+from tag2mask.core import Baseline, Method, Objective, inference_state, load_inference_state
 from tag2mask.data.augment import Augment, Crops, collate
 from tag2mask.data.source import Source
 from tag2mask.engine import Training, fit
@@ -20,7 +22,7 @@ from tag2mask.pipeline import Stage, read_json, write_json
 from tag2mask.schema import ManyOf, OneOf, Settings, make
 from tag2mask.stages.context import Context
 
-MODEL, WEIGHTS = "model.json", "model.safetensors"
+MODEL, WEIGHTS, MEMORY = "model.json", "model.safetensors", "memory.safetensors"
 
 
 def classify(
@@ -41,7 +43,9 @@ def classify(
     if not weights.exists():
         torch.manual_seed(seed_of(train.seed))
         objective = _build(net, methods or {}, len(ctx.source.classes), bf16)
-        crops = Crops(ctx.source.split("train"), augment, seed=train.seed, side=objective.net.needs)
+        samples = ctx.source.split("train")
+        objective.remember(torch.from_numpy(samples.tags))
+        crops = Crops(samples, augment, seed=train.seed, side=objective.net.needs)
         fit(
             objective, crops, collate, train, ctx.out, ctx.devices,
             label="classify", workers=ctx.workers, save_every=ctx.save_every, log_every=ctx.log_every,
@@ -49,6 +53,8 @@ def classify(
         if ctx.devices.main:
             description = {"net": net, "methods": methods or {}, "classes": list(ctx.source.classes), "bf16": bf16}
             write_json(ctx.out / MODEL, description)
+            if memory := objective.net.export_memory():
+                save_tensors(memory, ctx.out / MEMORY)
             save_weights(objective, weights)
     ctx.devices.wait()
     if ctx.devices.main:
@@ -68,14 +74,19 @@ def load_classifier(folder: Path) -> Objective:
     """The trained objective of a classify stage, in evaluation mode on the CPU."""
     model = read_json(folder / MODEL)
     objective = _build(without_weights(model["net"]), model["methods"], len(model["classes"]), model["bf16"])
-    objective.load_state_dict(load_file(folder / WEIGHTS))
+    load_inference_state(objective, load_file(folder / WEIGHTS))
     return objective.eval()
 
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """Write parameters and buffers as safetensors, whole or not at all."""
+    """Write the parameters and buffers that inference needs as safetensors, whole or not at all."""
+    save_tensors(inference_state(model), path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors, whole or not at all."""
     part = path.with_suffix(".part")
-    save_file({name: x.detach().cpu().clone().contiguous() for name, x in model.state_dict().items()}, part)
+    save_file({name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}, part)
     part.replace(path)
 
 
