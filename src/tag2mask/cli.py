@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tag2mask import cli_data, cli_export, cli_weights
 from tag2mask.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_export.app, name="export")
+app.add_typer(cli_weights.app, name="weights")
 
 Work = Annotated[
     Path, typer.Option("--work", help="Folder for everything a run makes; the same command resumes in it.")
@@ -51,7 +55,7 @@ Truth = Annotated[Path | None, typer.Option("--masks", help="Folder of true mask
 Saliency = Annotated[
     Path | None, typer.Option(help="Folder of saliency maps (grey images), for baselines that need them.")
 ]
-Backbone = Annotated[str | None, typer.Option(help="Any timm model, e.g. resnet50.")]
+Backbone = Annotated[str | None, typer.Option(help="Any timm model, e.g. resnet50; or resnet38.")]
 Weights = Annotated[
     str | None, typer.Option(help='"hub" (download), a .safetensors or .pth file, or "none" (from scratch).')
 ]

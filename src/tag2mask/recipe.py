@@ -12,15 +12,17 @@ from typing import Any
 import yaml
 
 from tag2mask import schema
+from tag2mask.data.coco14 import Coco14
 from tag2mask.data.folder import Folder
 from tag2mask.data.scenes import Scenes
 from tag2mask.data.source import CheckedSource
+from tag2mask.data.voc12 import Voc12
 from tag2mask.errors import UserError
 from tag2mask.pipeline import Stage
 from tag2mask.schema import Settings
 from tag2mask.stages import STAGES
 
-SOURCES = {"scenes": Scenes, "folder": Folder}
+SOURCES = {"scenes": Scenes, "folder": Folder, "voc12": Voc12, "coco14": Coco14}
 TOP = ("title", "data", "stages")
 WORDS = "a number, yes, no, on or off"  # what YAML does not read as a word
 

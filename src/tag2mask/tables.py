@@ -51,6 +51,8 @@ def _result_row(result: Row) -> Row:
     note = result.get("skipped", "")
     if "threshold" in result:
         note = f"threshold {result['threshold']:.2f} ({result['threshold_by']})"
+        if tried := result.get("thresholds"):
+            note += f", best of {tried['first']:g}..{tried['last']:g} step {tried['step']:g}"
     shown = "-" if value is None else f"{100 * value:.1f}"
     where = f"{result['split']}, {result['images']} images"
     return {"stage": result["stage"], "measured": measured, "of": result["of"], "%": shown, "on": where, "note": note}

@@ -31,9 +31,11 @@ from cases import (
 from watch import HostSync, no_host_sync
 
 from tag2mask.baselines import BASELINES
+from tag2mask.baselines.oaa import Attention
 from tag2mask.core import FULL, Objective
 from tag2mask.engine import Devices, read_log
 from tag2mask.methods import METHODS
+from tag2mask.ops import memory
 
 every_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
 HERE = Path(__file__).parent
@@ -94,6 +96,7 @@ def test_all_state_is_in_the_state_dict(pair):
 def test_relabelling_the_classes_relabels_the_maps_and_changes_no_loss(pair):
     order = torch.tensor([3, 0, 4, 1, 2])
     old, new, batch = trained(pair), build(pair, seed=1), batch_of(seed=5)
+    new.remember(torch.tensor(TAGS * 2)[:, order])
     new.load_state_dict(relabelled(pair, old.state_dict(), order))
     other = batch_of(seed=5, tags=batch.tags[:, order].int().tolist())
     one, two = old.look(batch.images), new.look(batch.images)
@@ -189,7 +192,8 @@ def test_two_processes_train_like_one(pair, two_processes, tmp_path):
     alone = fit_in(tmp_path, build(pair), steps=3, devices=Devices("cpu"))
     states = [torch.load(two_processes / f"{pair}.{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert _differing(*states) == []
-    assert [name for name, x in alone.items() if not torch.allclose(x, states[0][name], rtol=1e-5, atol=1e-5)] == []
+    atol = {name: 1e-3 if x.dtype == torch.float16 else 1e-5 for name, x in alone.items()}  # half: one more rounding
+    assert [n for n, x in alone.items() if not torch.allclose(x, states[0][n], rtol=1e-5, atol=atol[n])] == []
     together, one = _losses(two_processes / str(pair)), _losses(tmp_path)
     assert len(one) == 3
     for row, other in zip(one, together, strict=True):
@@ -305,26 +309,33 @@ def test_what_waits_for_nothing_passes():
 
 def relabelled(pair, state, order):
     """The state with class order[k] in place k. Class axes are those that grow with the number of classes."""
-    larger = build(pair, num_classes=CLASSES + 1).state_dict()
+    smaller, larger = build(pair), build(pair, num_classes=CLASSES + 1).state_dict()
+    memories = {f"{name}.": part for name, part in smaller.named_modules() if isinstance(part, memory.Memory)}
+    tables = {f"{name}.maps" for name, part in smaller.named_modules() if isinstance(part, Attention)}
     changed = {}
     for name, x in state.items():
         for axis, (size, grown) in enumerate(zip(x.shape, larger[name].shape, strict=True)):
-            if grown == size:
+            if grown == size or name in tables:  # whose these maps are is said by a table, with an axis of classes
                 continue
-            if size == CLASSES:
-                places = order
-            elif size == CLASSES + 1:
-                where = [side for start, side in pair.background.items() if name.startswith(start)]
-                assert where, f"{name}: has a place for the background; say in the Pair whether it is first or last"
-                places = torch.cat(
-                    [torch.tensor([0]), order + 1] if where[0] == "first" else [order, torch.tensor([CLASSES])]
-                )
+            owner = next((part for start, part in memories.items() if name.startswith(start)), None)
+            if owner is not None and size == len(owner.class_of):  # slots of class 0, then of class 1, ...
+                classes = places(pair, name, len(owner.cursor), order)
+                x = x.index_select(axis, torch.cat([torch.where(owner.class_of == k)[0] for k in classes]))
             else:
-                raise AssertionError(f"{name}: axis {axis} of {size} grows with the classes, but is none of them")
-            x = x.index_select(axis, places)
+                x = x.index_select(axis, places(pair, name, size, order))
         changed[name] = x.clone()
     assert _differing(state, changed), "nothing depends on the order of the classes"
     return changed
+
+
+def places(pair, name, size, order):
+    """Where to take each place of a class axis of `size` from, for class order[k] to be in place k."""
+    if size == CLASSES:
+        return order
+    assert size == CLASSES + 1, f"{name}: an axis of {size} grows with the classes, but is none of them"
+    where = [side for start, side in pair.background.items() if name.startswith(start)]
+    assert where, f"{name}: has a place for the background; say in the Pair whether it is first or last"
+    return torch.cat([torch.tensor([0]), order + 1] if where[0] == "first" else [order, torch.tensor([CLASSES])])
 
 
 def _sgd_step(objective: Objective, batch, step):
@@ -333,7 +344,7 @@ def _sgd_step(objective: Objective, batch, step):
 
 
 def _close(a, b):
-    return torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5)
+    return torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-3 if a.dtype == torch.float16 else 1e-5)
 
 
 def _differing(one, two):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tag2mask.backbones import BackboneSettings, TimmCNN
+from tag2mask.backbones import PUBLISHED, VGG16, BackboneSettings, TimmCNN, build_backbone
 from tag2mask.errors import UserError
 
 NAMES = ["test_resnet", "test_convnext", "test_efficientnet", "test_byobnet", "test_nfnet"]
@@ -249,3 +249,213 @@ class TestModels:
         assert "test_mambaout lays out its last features in a way of its own" in fault(
             "test_mambaout", output_stride=32
         )
+
+
+def frozen(body):
+    return {name for name, p in body.named_parameters() if not p.requires_grad}
+
+
+PARTS = {"c1": ("conv1", "bn1"), "c2": ("layer1",), "c3": ("layer2",), "c4": ("layer3",), "c5": ("layer4",)}
+
+
+class TestFreeze:
+    @pytest.mark.parametrize("level", ["nothing", "c1", "c2", "c3", "c4", "c5"])
+    def test_everything_up_to_a_level_and_nothing_behind_it(self, level):
+        body = backbone(freeze=level, freeze_norm=False).train()
+        levels = list(PARTS)[: 0 if level == "nothing" else int(level[1])]
+        parts = tuple(f"body.{part}." for name in levels for part in PARTS[name])
+        names = [name for name, _ in body.named_parameters()]
+        assert frozen(body) == {name for name in names if name.startswith(parts)}
+        still = {name for name, m in body.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.training}
+        norms = {name for name, m in body.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        assert still == {name for name in norms if f"{name}.".startswith(parts)}
+
+    def test_no_gradient_goes_further_down_and_statistics_do_not_move(self):
+        """As in the networks of the IRN family, where the output of layer2 is detached."""
+        body = backbone(freeze="c3", freeze_norm="statistics").train()
+        before = {name: x.clone() for name, x in body.named_buffers()}
+        features = body(torch.randn(2, 3, 64, 64) + 3)
+        assert [tap for tap, x in features.items() if not x.requires_grad] == ["c2", "c3"]
+        features["last"].square().mean().backward()
+        reached = {name for name, p in body.named_parameters() if p.grad is not None}
+        assert reached == {name for name, _ in body.named_parameters() if "layer3" in name or "layer4" in name}
+        assert any("bn" in name for name in reached)
+        assert all(torch.equal(x, before[name]) for name, x in body.named_buffers())
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_of_other_models(self, name):
+        body = backbone(name, freeze="c3").eval()
+        features = body(torch.randn(1, 3, 64, 64))
+        assert [features[tap].requires_grad for tap in ("c2", "c3", "c4")] == [False, False, True]
+        assert frozen(body)
+
+    def test_finding_out_leaves_no_trace(self):
+        body = backbone(freeze="c2")
+        assert body.training and all(p.grad is None for p in body.parameters())
+        assert all(x.eq(0).all() for name, x in body.named_buffers() if "running_mean" in name)
+
+    def test_a_model_without_a_stem_of_its_own(self):
+        assert fault("test_convnext", freeze="c1") == (
+            "backbone.freeze: this model has no level c1 of its own; take a later one or leave it out"
+        )
+
+    def test_affine_alone(self):
+        body = backbone(freeze_norm="affine").train()
+        norms = {name: m for name, m in body.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        assert all(m.training for m in norms.values())
+        assert frozen(body) == {f"{name}.{end}" for name in norms for end in ("weight", "bias")}
+
+    def test_survives_the_exchange_of_norms(self):
+        """Data-parallel training on GPUs puts a SyncBatchNorm in the place of every batch norm."""
+        from timm.layers import convert_sync_batchnorm
+
+        body = convert_sync_batchnorm(backbone(freeze="c2", freeze_norm="statistics")).train()
+        norms = [m for m in body.modules() if isinstance(m, nn.SyncBatchNorm)]
+        assert norms and not any(m.training for m in norms)
+
+
+class TestDilation:
+    def layers(self, **settings):
+        body = backbone("resnet50", **settings)
+        return {name: getattr(body.body, name) for name in ("layer1", "layer2", "layer3", "layer4")}
+
+    def test_resnet50_of_the_irn_family(self):
+        """Strides 2, 2, 2, 1 after the stem's 2, and no dilation."""
+        layers = self.layers(output_stride=16, dilate=False)
+        assert [layers[name][0].conv2.stride[0] for name in layers] == [1, 2, 2, 1]
+        convolutions = [m for layer in layers.values() for m in layer.modules() if isinstance(m, nn.Conv2d)]
+        assert all(m.dilation == (1, 1) and m.padding[0] == m.kernel_size[0] // 2 for m in convolutions)
+
+    def test_is_the_default_and_keeps_sizes(self):
+        plain, dilated = (backbone(output_stride=8, **given).eval() for given in ({"dilate": False}, {}))
+        for norm in (m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)):
+            nn.init.ones_(norm.weight)  # timm starts residual branches at zero
+        dilated.load_state_dict(plain.state_dict())
+        images = torch.randn(1, 3, 61, 47)
+        with torch.no_grad():
+            one, two = plain(images), dilated(images)
+        assert {tap: x.shape for tap, x in one.items()} == {tap: x.shape for tap, x in two.items()}
+        assert torch.equal(one["c3"], two["c3"]) and not torch.allclose(one["last"], two["last"])
+
+    @pytest.mark.parametrize(("name", "stem"), [("resnet101", (64, 3, 7, 7)), ("resnet101s", (64, 3, 3, 3))])
+    def test_resnet101_of_the_segmenters(self, name, stem):
+        with torch.device("meta"):
+            body = timm.create_model(name, num_classes=0, global_pool="", output_stride=8)
+        state = body.state_dict()
+        first = "conv1.weight" if name == "resnet101" else "conv1.0.weight"
+        assert state[first].shape == stem and "fc.weight" not in state
+        assert ("conv1.6.weight" in state) == (name == "resnet101s")
+        blocks = [[block.conv2.dilation[0] for block in getattr(body, f"layer{i}")] for i in (1, 2, 3, 4)]
+        assert blocks == [[1] * 3, [1] * 4, [1] + [2] * 22, [2, 4, 4]]
+        assert [getattr(body, f"layer{i}")[0].conv2.stride[0] for i in (1, 2, 3, 4)] == [1, 2, 1, 1]
+
+
+class TestVGG16:
+    SETTINGS = BackboneSettings(name="vgg16", weights=None, output_stride=8)
+
+    def test_layers(self):
+        net = build_backbone(self.SETTINGS)
+        assert isinstance(net, VGG16) and net.trunk is True
+        assert sum(p.numel() for p in net.parameters()) == 14_714_688
+        published = {name: x.shape for name, x in timm_state("vgg16").items() if name.startswith("features.")}
+        assert {name: x.shape for name, x in net.state_dict().items()} == published
+        convolutions = [m for m in net.features if isinstance(m, nn.Conv2d)]
+        assert [m.dilation[0] for m in convolutions] == [1] * 10 + [2] * 3
+        pools = [(m.kernel_size, m.stride, m.padding) for m in net.features if isinstance(m, nn.MaxPool2d)]
+        assert pools == [(2, 2, 0)] * 3 + [(3, 1, 1)]
+
+    @pytest.mark.parametrize(("side", "cells"), [(368, 46), (16, 2), (9, 2), (1, 1)])
+    def test_taps(self, side, cells):
+        net = build_backbone(self.SETTINGS).eval()
+        with torch.no_grad():
+            features = net(torch.randn(1, 3, side, 8))
+        assert {tap: x.shape[1] for tap, x in features.items()} == net.dims
+        assert net.dims == {"c2": 128, "c3": 256, "c4": 512, "c5": 512, "last": 512}
+        sides = {tap: x.shape[2] for tap, x in features.items()}
+        assert (sides["c2"], sides["c3"]) == (-(-side // 2), -(-side // 4))
+        assert sides["c4"] == sides["c5"] == sides["last"] == cells
+        assert features["last"].min() >= 0
+
+    def test_values_are_those_of_timm_up_to_the_fourth_pooling(self):
+        net, images = build_backbone(self.SETTINGS).eval(), torch.randn(1, 3, 32, 48)
+        with torch.device("meta"):
+            rival = timm.create_model("vgg16", num_classes=0, global_pool="").features
+        rival = rival.to_empty(device="cpu").eval()
+        rival.load_state_dict(net.features.state_dict())
+        with torch.no_grad():
+            features = net(images)
+            torch.testing.assert_close(features["c4"], rival[:23](images), rtol=1e-4, atol=1e-5)
+            x = nn.functional.max_pool2d(features["c4"], 3, 1, 1)
+            for index in (24, 26, 28):
+                weight, bias = rival[index].weight, rival[index].bias
+                x = nn.functional.conv2d(x, weight, bias, padding=2, dilation=2).relu()
+            torch.testing.assert_close(features["last"], x, rtol=1e-4, atol=1e-5)
+
+    def test_what_is_frozen(self):
+        net = build_backbone(self.SETTINGS)
+        assert frozen(net) == set()
+        net(torch.randn(1, 3, 16, 16))["last"].square().mean().backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+        half = build_backbone(BackboneSettings(name="vgg16", weights=None, output_stride=8, freeze="c2"))
+        assert frozen(half) == {f"features.{i}.{end}" for i in (0, 2, 5, 7) for end in ("weight", "bias")}
+
+    def test_weights(self, tmp_path, monkeypatch):
+        published = build_backbone(self.SETTINGS).state_dict()
+        torch.save(published | {"classifier.0.weight": torch.zeros(2)}, tmp_path / "vgg.pth")
+        settings = {"name": "vgg16", "output_stride": 8}
+        net = build_backbone(BackboneSettings(weights=str(tmp_path / "vgg.pth"), **settings))
+        assert torch.equal(net.features[28].bias, published["features.28.bias"])
+
+        def load_pretrained(model, source, *, num_classes, filter_fn):
+            assert source["hf_hub_id"] == "timm/vgg16.tv_in1k"
+            model.load_state_dict(filter_fn(published | {"pre_logits.fc1.weight": torch.zeros(2)}, model))
+
+        monkeypatch.setattr(timm.models, "load_pretrained", load_pretrained)
+        net = build_backbone(BackboneSettings(weights="hub", **settings))
+        assert torch.equal(net.features[28].bias, published["features.28.bias"])
+
+        message = fault_of(BackboneSettings(weights=str(tmp_path / "vgg16-397923af.pth"), **settings))
+        assert "https://download.pytorch.org/models/vgg16-397923af.pth (BSD-3-Clause" in message
+        assert message.endswith("and put it there, or set weights: hub with name: vgg16.tv_in1k")
+
+    def test_at_stride_32_it_is_timms(self):
+        with pytest.raises(UserError, match="vgg16 cannot be built with output stride 16"):
+            build_backbone(BackboneSettings(name="vgg16", weights=None, output_stride=16))
+        assert fault_of(BackboneSettings(name="vgg16", weights=None, output_stride=8, dilate=False)) == (
+            "backbone: the dilated vgg16 has stride 8; leave dilate out"
+        )
+
+
+def timm_state(name):
+    with torch.device("meta"):
+        return timm.create_model(name).state_dict()
+
+
+def fault_of(settings, **options):
+    with pytest.raises(UserError) as caught:
+        build_backbone(settings, **options)
+    return str(caught.value)
+
+
+class TestBuild:
+    def test_by_name(self):
+        assert isinstance(build_backbone(BackboneSettings(name="test_resnet", weights=None)), TimmCNN)
+        assert "c1" in build_backbone(BackboneSettings(name="test_resnet", weights=None), stem=True).dims
+
+    def test_what_has_no_stem_of_stride_2(self):
+        for name in ("resnet38", "vgg16"):
+            settings = BackboneSettings(name=name, weights=None, output_stride=8)
+            assert fault_of(settings, stem=True) == (
+                f"backbone.name: {name} has no levels of strides 2, 4, 8 and 16; take resnet50"
+            )
+
+    @pytest.mark.parametrize("published", PUBLISHED, ids=lambda p: p.file)
+    def test_the_table_of_weights(self, published):
+        method, digits = published.checksum.split(":")
+        assert len(digits) in (8, {"md5": 32, "sha1": 40, "sha256": 64}[method]) and int(digits, 16)
+        assert published.url.startswith("https://") and published.licence
+        if published.hub:
+            cfg = timm.get_pretrained_cfg(published.fits)
+            assert cfg.hf_hub_id and (not cfg.url or cfg.url.endswith(published.file))
+        else:
+            assert published.fits == "resnet38" or timm.is_model(published.fits)

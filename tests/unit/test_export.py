@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tag2mask.data import index_png
 from tag2mask.export import colourise, heatmap, overlay, palette, voc_palette, write_mask
 
 
@@ -64,7 +65,7 @@ class TestWriteMask:
         def fail(*_):
             raise OSError("disk full")
 
-        monkeypatch.setattr(palette.Path, "replace", fail)
+        monkeypatch.setattr(index_png.Path, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
             write_mask(path, np.zeros((2, 2), np.uint8))
         monkeypatch.undo()

@@ -7,6 +7,10 @@ import yaml
 
 from tag2mask.errors import UserError
 from tag2mask.recipe import Recipe, built_in, input_names, load, load_text, override
+from tag2mask.stages import STAGES
+
+KINDS = ", ".join(sorted(STAGES))
+SOURCES_THERE = "there is scenes, folder, voc12, coco14"
 
 SMALL = """
 title: A small one
@@ -100,15 +104,14 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            ("name: scenes", "name: scene", "data.name: 'scene' is unknown; there is scenes, folder"),
-            ("name: scenes", "name: [scenes]", "data.name: ['scenes'] is unknown; there is scenes, folder"),
-            ("{name: scenes, images: 8, test: 1, size: 32}", "", "data.name: None is unknown; there is scenes, folder"),
+            ("name: scenes", "name: scene", f"data.name: 'scene' is unknown; {SOURCES_THERE}"),
+            ("name: scenes", "name: [scenes]", f"data.name: ['scenes'] is unknown; {SOURCES_THERE}"),
+            ("{name: scenes, images: 8, test: 1, size: 32}", "", f"data.name: None is unknown; {SOURCES_THERE}"),
             ("size: 32", "sise: 32", "data.sise: unknown; did you mean size?"),
             ("size: 32", "size: big", "data.size: should be a valid integer, unable to parse string as an integer "
              "(got 'big')"),
             ("do: cams", "do: cam", "cams.do: 'cam' is no kind of stage; did you mean cams?"),
-            ("do: cams, ", "", "cams.do: None is no kind of stage; there is cams, classify, evaluate_classifier, "
-             "evaluate_maps, evaluate_masks, labels, predict, segment"),
+            ("do: cams, ", "", f"cams.do: None is no kind of stage; there is {KINDS}"),
             ("do: cams", "do: [cams]", "cams.do: ['cams'] is no kind of stage; did you mean cams?"),
             ("of: classify", "of: clasify", "cams.of: no earlier stage 'clasify'; did you mean classify?"),
             ("of: classify", "of: [classify]", "cams.of: no earlier stage ['classify']; did you mean classify?"),
@@ -196,7 +199,8 @@ class TestOverrides:
 
     def test_can_add_a_stage(self, write):
         recipe = load(write(), ["stages.more.do=evaluate_maps", "more.of=cams"])
-        assert recipe.stages["more"] == {"do": "evaluate_maps", "of": "cams", "split": "score"}
+        swept = {"first": 0.0, "last": 0.99, "step": 0.01}
+        assert recipe.stages["more"] == {"do": "evaluate_maps", "of": "cams", "split": "score", "thresholds": swept}
 
     def test_of_settings_that_the_file_leaves_empty(self, write):
         text = SMALL.replace("train: {steps: 4}", "train:")
@@ -220,10 +224,9 @@ class TestOverrides:
             ("cams.scales=0.5", "cams.scales: should be a valid tuple (got 0.5)"),
             ("cams.scales=0.5,1", "cams.scales: should be a valid tuple (got '0.5,1')"),
             ("classify.net.backbone.name=no", "classify.net.backbone.name: should be a valid string (got False)"),
-            ("classify=3", "classify.do: None is no kind of stage; there is cams, classify, evaluate_classifier, "
-             "evaluate_maps, evaluate_masks, labels, predict, segment"),
+            ("classify=3", f"classify.do: None is no kind of stage; there is {KINDS}"),
             ("stages=3", "small: stages: must be a mapping of names to stages, not 3"),
-            ("data=3", "data.name: None is unknown; there is scenes, folder"),
+            ("data=3", f"data.name: None is unknown; {SOURCES_THERE}"),
         ],
     )  # fmt: skip
     def test_that_are_wrong_say_so(self, write, setting, message):

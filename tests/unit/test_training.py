@@ -38,6 +38,10 @@ class TestLength:
             ({"steps": 5, "clip": -1.0}, "^clip"),
             ({"steps": 5, "seed": -1}, "^seed: -1"),
             ({"steps": 5, "warmup": 1.5}, r"^warmup: 1\.5"),
+            ({"steps": 5, "decay_steps": 0}, "^decay_steps: 0 must be positive; null means all steps"),
+            ({"steps": 5, "drops": (0.5, 1.0)}, r"^drops: \[0\.5, 1\.0\] are shares of the steps"),
+            ({"steps": 5, "nesterov": True, "momentum": 0.0}, "^nesterov: needs optimizer sgd and a momentum"),
+            ({"steps": 5, "nesterov": True, "optimizer": "adamw"}, "^nesterov: needs optimizer sgd and a momentum"),
         ],
     )
     def test_faults(self, faulty, message):
@@ -58,6 +62,34 @@ class TestLearningRate:
         training = Training(steps=20, warmup=0.2, power=1.0)
         assert [training.lr_at(step, 20) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
         assert [training.lr_at(step, 20) for step in range(4, 20)] == pytest.approx([1 - s / 20 for s in range(4, 20)])
+
+    def test_falls_over_fewer_steps_and_then_stays(self):
+        training = Training(steps=20, power=0.9, decay_steps=8)
+        for step in range(20):
+            assert training.lr_at(step, 20) == pytest.approx((1 - min(step, 7) / 8) ** 0.9)
+
+    def test_falls_over_more_steps_than_there_are(self):
+        assert Training(steps=4, power=1.0, decay_steps=8).lr_at(3, 4) == pytest.approx(1 - 3 / 8)
+
+    def test_all_steps_is_the_default(self):
+        plain, given = Training(steps=9, warmup=0.3), Training(steps=9, warmup=0.3, decay_steps=9)
+        assert [plain.lr_at(step, 9) for step in range(9)] == [given.lr_at(step, 9) for step in range(9)]
+
+    def test_the_schedule_released_with_hsc(self):
+        """10,582 images in batches of 12 for 15 epochs are 13,215 steps; 20,000 are made, the last 6,785 at 2e-6."""
+        training = Training(steps=20000, batch=12, lr=0.01, decay_steps=10582 // 12 * 15)
+        assert training.decay_steps == 13215
+        rates = [training.lr * training.lr_at(step, 20000) for step in range(20000)]
+        assert rates[13213] == pytest.approx(0.01 * (2 / 13215) ** 0.9)
+        assert len(set(rates[13214:])) == 1 and rates[-1] == pytest.approx(1.955e-6, rel=1e-3)
+
+    def test_drops_to_a_tenth_at_shares_of_the_steps(self):
+        """RCA's 30 epochs, with drops at 5 and 10, in 60 steps."""
+        training = Training(steps=60, power=0.0, drops=(5 / 30, 10 / 30))
+        expected = [1.0] * 10 + [0.1] * 10 + [0.01] * 40
+        assert [training.lr_at(step, 60) for step in range(60)] == pytest.approx(expected)
+        both = Training(steps=60, power=0.9, drops=(0.5,))
+        assert both.lr_at(45, 60) == pytest.approx(0.1 * 0.25**0.9)
 
     def test_is_never_negative_or_complex(self):
         training = Training(steps=10, warmup=1.0)
@@ -95,6 +127,11 @@ class TestOptimizer:
         }
         assert isinstance(optimizer, torch.optim.SGD)
         assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+    def test_nesterov(self):
+        for wanted in (False, True):
+            optimizer = make_optimizer(nn.Linear(2, 2), Training(steps=1, nesterov=wanted))
+            assert all(group["nesterov"] is wanted for group in optimizer.param_groups)
 
     def test_adamw(self):
         assert isinstance(make_optimizer(Net(), Training(steps=1, optimizer="adamw")), torch.optim.AdamW)

@@ -1,5 +1,12 @@
 """Images -> features."""
 
-from tag2mask.backbones.timm_cnn import BackboneSettings, TimmCNN
+from tag2mask.backbones.build import build_backbone, convert_weights
+from tag2mask.backbones.resnet38 import ResNet38
+from tag2mask.backbones.timm_cnn import TimmCNN
+from tag2mask.backbones.trunk import BackboneSettings, Trunk
+from tag2mask.backbones.vgg16 import VGG16
+from tag2mask.backbones.weights import PUBLISHED
 
-__all__ = ["BackboneSettings", "TimmCNN"]
+__all__ = [
+    "PUBLISHED", "VGG16", "BackboneSettings", "ResNet38", "TimmCNN", "Trunk", "build_backbone", "convert_weights",
+]  # fmt: skip

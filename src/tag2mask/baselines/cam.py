@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tag2mask.backbones import BackboneSettings, TimmCNN
+from tag2mask.backbones import BackboneSettings, build_backbone
 from tag2mask.core import FULL, Baseline, Batch, CamOutput, Features, Losses, Progress, View
 from tag2mask.ops.cams import pool
 
@@ -32,7 +32,7 @@ class CAM(Baseline):
 
     def __init__(self, num_classes: int, *, backbone: BackboneSettings, dropout: float = 0.0) -> None:
         super().__init__()
-        self.backbone = TimmCNN(backbone)
+        self.backbone = build_backbone(backbone)
         self.dims = self.backbone.dims
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(self.dims["last"], num_classes, kernel_size=1, bias=False)

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tag2mask.backbones import BackboneSettings, TimmCNN
+from tag2mask.backbones import BackboneSettings, build_backbone
 from tag2mask.core import FULL, Baseline, Batch, CamOutput, Features, Losses, Progress, View
 from tag2mask.ops.cams import pool
 from tag2mask.ops.equivariance import equivariance
@@ -71,7 +71,7 @@ class EPS(Baseline):
         released_one_hot: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone = TimmCNN(backbone)
+        self.backbone = build_backbone(backbone)
         self.dims = self.backbone.dims
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(self.dims["last"], num_classes + 1, kernel_size=1, bias=False)  # background last

@@ -29,7 +29,7 @@ from typing import Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tag2mask.backbones import BackboneSettings, TimmCNN
+from tag2mask.backbones import BackboneSettings, build_backbone
 from tag2mask.core import FULL, Baseline, Batch, CamOutput, Features, Losses, Progress, View
 from tag2mask.ops.cams import pool
 from tag2mask.ops.equivariance import Size, equivariance, pool_resized
@@ -62,7 +62,7 @@ class SEAM(Baseline):
         resolution: Literal["full", "grid"] = "full",
     ) -> None:
         super().__init__()
-        self.backbone = TimmCNN(backbone)
+        self.backbone = build_backbone(backbone)
         self.dims = self.backbone.dims
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(self.dims["last"], num_classes, kernel_size=1, bias=False)

@@ -23,7 +23,7 @@ class Baseline(nn.Module):
     widened: int = 0
 
     def widen(self, channels: int) -> None:
-        """Make the classifier, new, read `channels` more of the tap "last": a method's `adapt` appends them."""
+        """Make the classifier, new, read `channels` more of the tap "last" (or fewer), as a method's `adapt` gives."""
         old = self.classifier
         assert isinstance(old, nn.Conv2d), "a baseline whose classifier is more than a convolution has its own widen"
         self.classifier = nn.Conv2d(old.in_channels + channels, old.out_channels, kernel_size=1, bias=False)

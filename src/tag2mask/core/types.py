@@ -74,7 +74,8 @@ class Batch:
 
     images [B 3 H W] normalised; tags [B K] of 0/1; index [B] position in the data set; valid [B 1 H W] is 1 on the
     image and 0 where a crop was padded; side: further maps by name, e.g. saliency [B 1 H W] in 0..1; target [B H W]
-    index masks (0 background, 1..K, 255 ignore), only when a segmenter is trained.
+    index masks (0 background, 1..K, 255 ignore), only when a segmenter is trained; place [B 2 3]: where in its image
+    each crop lies (see ops.place), None where images are not cropped.
     """
 
     images: Tensor
@@ -83,6 +84,7 @@ class Batch:
     valid: Tensor
     side: dict[str, Tensor] = field(default_factory=dict)
     target: Tensor | None = None
+    place: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; copies overlap with computation where the memory is pinned."""
@@ -94,6 +96,7 @@ class Batch:
             move(self.images), move(self.tags), move(self.index), move(self.valid),
             {name: move(x) for name, x in self.side.items()},
             None if self.target is None else move(self.target),
+            None if self.place is None else move(self.place),
         )  # fmt: skip
 
     def pin_memory(self) -> Batch:
@@ -102,6 +105,7 @@ class Batch:
             self.images.pin_memory(), self.tags.pin_memory(), self.index.pin_memory(), self.valid.pin_memory(),
             {name: x.pin_memory() for name, x in self.side.items()},
             None if self.target is None else self.target.pin_memory(),
+            None if self.place is None else self.place.pin_memory(),
         )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class Augment:
 
 @dataclass
 class Sample:
-    """One training sample: image [3 S S] normalised, tags [K], valid [1 S S]; see Batch for the rest."""
+    """One training sample: image [3 S S] normalised, tags [K], valid [1 S S], place [2 3]; see Batch for the rest."""
 
     image: Tensor
     tags: Tensor
@@ -58,6 +58,7 @@ class Sample:
     valid: Tensor
     side: dict[str, Tensor]
     target: Tensor | None
+    place: Tensor | None = None
 
 
 class Crops(Dataset[Sample]):
@@ -95,11 +96,11 @@ class Crops(Dataset[Sample]):
         }
         if self.target is not None:
             parts["target"] = tv_tensors.Mask(torch.from_numpy(self.target(index))[None].long())
-        parts = self._cut(parts)
+        parts, place = self._cut(parts)
         if self.jitter is not None:
             parts["image"] = self.jitter(parts["image"])
         parts["image"] = normalise(parts["image"])
-        parts = self._pad(parts)
+        parts, place = self._pad(parts, place)
         target = parts.get("target")
         return Sample(
             parts["image"].as_subclass(Tensor),
@@ -108,10 +109,11 @@ class Crops(Dataset[Sample]):
             parts["valid"].as_subclass(Tensor),
             {name: parts[name].as_subclass(Tensor) for name in self.side},
             None if target is None else target[0].as_subclass(Tensor),
+            place.float(),
         )
 
-    def _cut(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Resize the long side, cut at most crop x crop, flip and turn."""
+    def _cut(self, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Resize the long side, cut at most crop x crop, flip and turn. Returns the place [2 3] of the result, too."""
         height, width = parts["image"].shape[-2:]
         scale = _integer(*self.augment.long) / max(height, width)
         size = max(1, round(height * scale)), max(1, round(width * scale))
@@ -126,16 +128,24 @@ class Crops(Dataset[Sample]):
             x = tf.vertical_flip(x) if upset else x
             return tv_tensors.wrap(torch.rot90(x.as_subclass(Tensor), turns, (-2, -1)), like=x) if turns else x
 
-        return {name: one(x) for name, x in parts.items()}
+        across = [size[1], 0, size[1] - 2 * left - cut[1]]
+        down = [0, size[0], size[0] - 2 * top - cut[0]]
+        place = torch.tensor([across, down], dtype=torch.float64) / torch.tensor([[cut[1]], [cut[0]]])
+        place = place * torch.tensor([[-1 if mirror else 1], [-1 if upset else 1]])
+        for _ in range(turns):  # what was up is left then, what was right is up
+            place = torch.stack([place[1], -place[0]])
+        return {name: one(x) for name, x in parts.items()}, place
 
-    def _pad(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Put the cut at a random place of a crop x crop canvas: zeros (the mean colour), targets ignored."""
+    def _pad(self, parts: dict[str, Tensor], place: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Put the cut at a random spot of a crop x crop canvas: zeros (the mean colour), targets ignored."""
         size, (height, width) = self.augment.crop, parts["image"].shape[-2:]
         if (height, width) == (size, size):
-            return parts
+            return parts, place
         top, left = _integer(0, size - height), _integer(0, size - width)
         box = [left, top, size - width - left, size - height - top]
-        return {name: tf.pad(x, box, fill=IGNORE if name == "target" else 0) for name, x in parts.items()}
+        place = place * torch.tensor([[width], [height]]) / size
+        place[:, 2] += torch.tensor([2 * left + width - size, 2 * top + height - size]) / size
+        return {name: tf.pad(x, box, fill=IGNORE if name == "target" else 0) for name, x in parts.items()}, place
 
 
 def normalise(image: Tensor) -> Tensor:
@@ -147,6 +157,7 @@ def normalise(image: Tensor) -> Tensor:
 def collate(samples: list[Sample]) -> Batch:
     """Samples of one size -> a batch."""
     targets = [s.target for s in samples if s.target is not None]
+    places = [s.place for s in samples if s.place is not None]
     return Batch(
         images=torch.stack([s.image for s in samples]),
         tags=torch.stack([s.tags for s in samples]),
@@ -154,6 +165,7 @@ def collate(samples: list[Sample]) -> Batch:
         valid=torch.stack([s.valid for s in samples]),
         side={name: torch.stack([s.side[name] for s in samples]) for name in samples[0].side},
         target=torch.stack(targets) if targets else None,
+        place=torch.stack(places) if places else None,
     )
 
 

@@ -22,7 +22,7 @@ STRIDE = 4
 class Maps:
     """The maps of one image: classes [P] indices in 0..K-1, maps [P h w] float16 in 0..1, size (H, W) of the image.
 
-    `logits` [K] are the classifier's on the unscaled image.
+    `logits` [K] are the classifier's on the unscaled image; NaN if the maps do not come from looking at it once.
     """
 
     classes: NDArray[np.int64]

@@ -18,9 +18,11 @@ class Training:
 
     epochs or steps: how long; give exactly one. batch: global, the same on 1 or 8 devices. lr: of the backbone;
     lr_new multiplies it for everything else (heads), lr_bias for biases and norms, which get no weight decay
-    either. optimizer: sgd (with momentum) or adamw. power: lr falls as (1 - step/steps)^power; 0 keeps it
-    constant; warmup: share of the steps over which it first rises linearly. clip: largest gradient norm, 0 = no
-    clipping. seed: of initial weights, order and augmentation.
+    either. optimizer: sgd (with momentum, Nesterov's if nesterov) or adamw. power: lr falls as
+    (1 - step/decay_steps)^power; 0 keeps it constant. decay_steps: null means all steps; after fewer, lr stays at its
+    last value. drops: shares of the steps at each of which lr falls to a tenth as well. warmup: share of the steps over
+    which lr first rises linearly. clip: largest gradient norm, 0 = no clipping. seed: of initial weights, order and
+    augmentation.
     """
 
     epochs: float | None = None
@@ -32,7 +34,10 @@ class Training:
     weight_decay: float = 5e-4
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
+    nesterov: bool = False
     power: float = 0.9
+    decay_steps: int | None = None
+    drops: tuple[float, ...] = ()
     warmup: float = 0.0
     clip: float = 0.0
     seed: int = 0
@@ -46,6 +51,12 @@ class Training:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UserError(f"{name}: {value} must be a number from 0")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise UserError(f"decay_steps: {self.decay_steps} must be positive; null means all steps")
+        if not all(0 < share < 1 for share in self.drops):
+            raise UserError(f"drops: {list(self.drops)} are shares of the steps, each must be between 0 and 1")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise UserError("nesterov: needs optimizer sgd and a momentum")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"warmup: {self.warmup} is a share of the steps, it must be in 0..1")
 
@@ -61,7 +72,9 @@ class Training:
         rising = int(self.warmup * steps)
         if step < rising:
             return (step + 1) / (rising + 1)
-        return float((1 - min(step, steps) / steps) ** self.power)
+        falling = self.decay_steps or steps
+        dropped = sum(step >= share * steps for share in self.drops)
+        return float((1 - min(step, falling - 1) / falling) ** self.power * 0.1**dropped)
 
 
 def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer | None:
@@ -86,4 +99,4 @@ def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimize
         return None
     if training.optimizer == "adamw":
         return torch.optim.AdamW(described, lr=training.lr)
-    return torch.optim.SGD(described, lr=training.lr, momentum=training.momentum)
+    return torch.optim.SGD(described, lr=training.lr, momentum=training.momentum, nesterov=training.nesterov)

@@ -1,5 +1,6 @@
 """Masks out: palette PNG and pictures of masks and soft maps."""
 
-from tag2mask.export.palette import colourise, heatmap, overlay, voc_palette, write_mask
+from tag2mask.data.index_png import voc_palette, write_mask
+from tag2mask.export.palette import colourise, heatmap, overlay
 
 __all__ = ["colourise", "heatmap", "overlay", "voc_palette", "write_mask"]

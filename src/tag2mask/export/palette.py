@@ -1,15 +1,14 @@
-"""Masks and soft maps as pictures: the PASCAL VOC palette, palette-indexed PNG, overlays, heat maps."""
+"""Masks and soft maps as pictures: overlays, heat maps."""
 
 from __future__ import annotations
 
-import os
-from io import BytesIO
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from tag2mask.data.index_png import voc_palette
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
@@ -18,40 +17,6 @@ _HEAT_STOPS = np.array(
     [(24, 15, 72), (104, 28, 122), (190, 55, 98), (240, 125, 50), (252, 236, 120)],
     dtype=np.float32,
 )
-
-
-def voc_palette() -> Bytes:
-    """The [256 3] RGB colours of PASCAL VOC.
-
-    The bits of the index i are dealt out to red, green, blue in turn, each filling its byte from the top:
-    red = bits 0, 3, 6 of i, green = bits 1, 4, 7, blue = bits 2, 5.
-    """
-    index = np.arange(256)[:, None, None]  # [256 1 1]
-    channel = np.arange(3)[None, :, None]
-    place = np.arange(3)[None, None, :]
-    bits = index >> (3 * place + channel) & 1  # [256 3 3]
-    palette: Bytes = (bits << (7 - place)).sum(axis=2).astype(np.uint8)
-    return palette
-
-
-def write_mask(path: Path, mask: Bytes) -> None:
-    """Writes an index mask [H W] uint8 as a palette PNG (mode P): the values stay as they are, viewers show colours.
-
-    The file appears whole or not at all; missing folders are made.
-    """
-    if mask.dtype != np.uint8 or mask.ndim != 2:
-        raise ValueError(f"expected a [H W] uint8 mask, got {mask.shape} {mask.dtype}")
-    picture = Image.fromarray(mask)
-    picture.putpalette(voc_palette().tobytes())
-    encoded = BytesIO()
-    picture.save(encoded, format="PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(encoded.getvalue())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def colourise(mask: Bytes) -> Bytes:

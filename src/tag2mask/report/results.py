@@ -105,7 +105,9 @@ def _card(what: str, results: Sequence[Result]) -> Card:
         return Card(what, percent(result["map"]), "% mAP", [where])
     details = [where]
     if result.get("threshold") is not None:
-        details.append(f"threshold {number(result['threshold'])}: {how_chosen(result['threshold_by'])}")
+        details.append(
+            f"threshold {number(result['threshold'])}: {how_chosen(result['threshold_by'], result.get('thresholds'))}"
+        )
         same = [r for r in results if r is not result and (r["of"], r["split"]) == (result["of"], result["split"])]
         oracle = [r for r in same if r.get("threshold_by") == "oracle"]
         details += [f"oracle: {percent(r['miou'])} at {number(r['threshold'])}" for r in oracle[-1:]]

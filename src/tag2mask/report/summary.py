@@ -68,9 +68,10 @@ class RunSummary:
     results      the result.json of each evaluation, in pipeline order: "stage", "kind" ("classifier" | "maps" |
                  "masks"), "of", "split", "images", "seed", "classes" and
                    classifier  "map", "ap" {class: value}
-                   maps        "threshold", "threshold_by", "miou", "iou", "precision", "recall" {class: value},
-                               "pixel_accuracy", "coverage", "curve" {"threshold", "miou", "precision", "recall": [...]}
-                   masks       as maps, without threshold and curve
+                   maps        "threshold", "threshold_by", "thresholds" {"first", "last", "step"}, "miou", "iou",
+                               "precision", "recall" {class: value}, "pixel_accuracy", "coverage",
+                               "curve" {"threshold", "miou", "precision", "recall": [...]}
+                   masks       as maps, without thresholds and curve
                  Values are in 0..1 or None. Without truth masks: "skipped" (the reason) and, where known, "coverage"
                  and "shares" {class: share of the answered pixels}.
     gallery      images worth a look; those with a score are ranked within their group, best and worst first

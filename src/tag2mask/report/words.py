@@ -54,10 +54,14 @@ def moment(iso: str) -> str:
     return iso[:16].replace("T", " ")
 
 
-def how_chosen(threshold_by: str) -> str:
-    """The sentence that tells an honest threshold from one that saw the truth."""
+def how_chosen(threshold_by: str, tried: Mapping[str, float] | None = None) -> str:
+    """The sentence that tells an honest threshold from one that saw the truth; `tried` has first, last and step."""
     if threshold_by == "oracle":
-        return "best of all thresholds, found with the truth masks (oracle)"
+        swept = "all thresholds"
+        if tried:
+            first, last, step = (number(tried[key]) for key in ("first", "last", "step"))
+            swept = f"{first} to {last} in steps of {step}"
+        return f"best of {swept}, found with the truth masks (oracle)"
     if threshold_by == "recipe":
         return "fixed in the recipe"
     if threshold_by == "no-mask":

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from tag2mask.segment.deeplab import DeepLab
 
 
 @torch.no_grad()
-def predict(net: nn.Module, images: Tensor, *, scales: Sequence[float], flip: bool) -> Tensor:
+def predict(net: DeepLab, images: Tensor, *, scales: Sequence[float], flip: bool) -> Tensor:
     """Class probabilities [B K+1 H W] of normalised images [B 3 H W]: softmax of the mean of resized scores."""
     height, width = images.shape[-2:]
     total: Tensor | None = None
@@ -23,7 +25,7 @@ def predict(net: nn.Module, images: Tensor, *, scales: Sequence[float], flip: bo
         if flip:
             plain, mirrored = scores.chunk(2)
             scores = (plain + mirrored.flip(-1)) / 2
-        scores = F.interpolate(scores, size=(height, width), mode="bilinear", align_corners=False)
+        scores = F.interpolate(scores, size=(height, width), mode="bilinear", align_corners=net.align_corners)
         total = scores if total is None else total + scores
     if total is None:
         raise ValueError("scales must not be empty")

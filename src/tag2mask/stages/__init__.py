@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tag2mask.data.source import Source
 from tag2mask.pipeline import Stage
+from tag2mask.stages.attention import attention, check_attention, check_integrate, integrate
 from tag2mask.stages.cams import cams
 from tag2mask.stages.classify import check_classifier, classify
 from tag2mask.stages.context import Context
@@ -29,6 +30,8 @@ class StageKind:
 
 STAGES = {
     "classify": StageKind(classify, check_classifier),
+    "attention": StageKind(attention, check_attention),
+    "integrate": StageKind(integrate, check_integrate),
     "cams": StageKind(cams),
     "labels": StageKind(labels),
     "segment": StageKind(segment, check_segmenter),

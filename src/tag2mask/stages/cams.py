@@ -22,7 +22,7 @@ from tag2mask.stages.context import BatchSize, Context, Scales, images_to_do
 def cams(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("classify",))],
+    of: Annotated[Path, Input(("classify", "integrate"))],
     scales: Scales = (0.5, 1.0, 1.5, 2.0),
     flip: bool = True,
     batch: BatchSize = 4,

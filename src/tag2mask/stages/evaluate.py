@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,11 +55,38 @@ def evaluate_classifier(
     return _write(ctx, "classifier", split, samples, result)
 
 
-def evaluate_maps(ctx: Context, *, of: Annotated[Path, Input(("cams",))], split: Split = "score") -> None:
-    """Seeds at every constant background score 0.00, 0.01, ..., 0.99, in one pass over the maps.
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The background scores that are tried: `first`, `first` + `step`, ..., `last`.
 
-    of: the soft maps. split: where they are scored; its images must be in the train split too. The threshold that is
-    reported is the best one, chosen with the masks it is scored on ("oracle").
+    SEAM, PPC and HSC report the best of 0.00, 0.01, ..., 0.59.
+    """
+
+    first: float = 0.0
+    last: float = 0.99
+    step: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.last < 1 or not 1e-4 <= self.step <= self.last - self.first:
+            raise UserError("thresholds need 0 <= first < last < 1 and a step from 0.0001 to last - first")
+
+    def values(self) -> list[float]:
+        """All of them; the last one is left out if no number of steps leads to it."""
+        count = int((self.last - self.first) / self.step + 1e-6) + 1
+        return [round(self.first + i * self.step, 8) for i in range(count)]
+
+
+def evaluate_maps(
+    ctx: Context,
+    *,
+    of: Annotated[Path, Input(("cams", "attention", "walk"))],
+    split: Split = "score",
+    thresholds: Sweep = Sweep(),
+) -> None:
+    """Seeds at every constant background score of a range, in one pass over the maps.
+
+    of: the soft maps. split: where they are scored; its images must be in the train split too. thresholds: the range.
+    The threshold that is reported is the best one, chosen with the masks it is scored on ("oracle").
     """
     samples = ctx.source.split(split)
     if samples.mask is None or len(samples) == 0:
@@ -66,7 +94,7 @@ def evaluate_maps(ctx: Context, *, of: Annotated[Path, Input(("cams",))], split:
     if not ctx.devices.main:
         return None
     truth = samples.mask
-    curve = ThresholdCurve(len(ctx.source.classes))
+    curve = ThresholdCurve(len(ctx.source.classes), thresholds.values())
 
     def one(index: int) -> tuple[Mask, Any, Mask]:
         stored = read_maps(map_path(of, samples.names[index]))
@@ -77,7 +105,8 @@ def evaluate_maps(ctx: Context, *, of: Annotated[Path, Input(("cams",))], split:
     for counted in progress.track(ahead(one, range(len(samples)), ctx.workers), "seeds", len(samples)):
         curve.update(*counted)
     threshold, scores = curve.best()
-    result = {"threshold": threshold, "threshold_by": "oracle", **scores.to_dict(ctx.source.classes)}
+    found = {"threshold": threshold, "threshold_by": "oracle", "thresholds": asdict(thresholds)}
+    result = found | scores.to_dict(ctx.source.classes)
     return _write(ctx, "maps", split, samples, result | {"curve": curve.to_dict()})
 
 
