@@ -107,6 +107,11 @@ class Pair:
     leaks: str = ""
     title: str = ""
 
+    @property
+    def slow(self) -> bool:
+        """Two methods at once, or another setting of one: `make test-all` has them under contract."""
+        return len(self.methods) > 1 or bool(self.title and self.methods)
+
     def __str__(self) -> str:
         return self.title or "+".join((self.net, *self.methods))
 

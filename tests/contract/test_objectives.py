@@ -3,6 +3,7 @@
 The pairs are in `cases.PAIRS`; whoever adds a baseline or a method adds a line there.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -37,7 +38,14 @@ from tag2mask.engine import Devices, read_log
 from tag2mask.methods import METHODS
 from tag2mask.ops import memory
 
-every_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
+
+def over(pairs):
+    """The parameters of a test of these pairs."""
+    marked = [pytest.param(pair, marks=[pytest.mark.slow] if pair.slow else [], id=str(pair)) for pair in pairs]
+    return pytest.mark.parametrize("pair", marked)
+
+
+every_pair = over(PAIRS)
 HERE = Path(__file__).parent
 NOTHING = [[0] * CLASSES] * 4
 
@@ -114,7 +122,7 @@ def test_relabelling_the_classes_relabels_the_maps_and_changes_no_loss(pair):
     assert [name for name, x in new.state_dict().items() if not _close(x, expected[name])] == []
 
 
-@pytest.mark.parametrize("pair", [p for p in PAIRS if p.methods and not p.leaks], ids=str)
+@over([p for p in PAIRS if p.methods and not p.leaks])
 def test_methods_leave_the_maps_of_absent_classes_alone(pair):
     objective, batch = trained(pair), batch_of()
     absent = batch.tags.sum(0) == 0
@@ -172,31 +180,39 @@ def test_a_killed_training_ends_as_if_it_had_not_been_killed(pair, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Where two processes left their states and logs: all pairs in one launch, for starting is what takes long."""
-    out = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, str(HERE / "worker.py"), str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
-    return out
+    """two_processes(slow): where two processes left the states and logs of the slow pairs, or of the others.
+
+    One launch for all of them: starting is what takes long.
+    """
+
+    @functools.cache
+    def launch(slow):
+        out = tmp_path_factory.mktemp("two")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*command, str(HERE / "worker.py"), str(out), "slow" if slow else "fast"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
+        return out
+
+    return launch
 
 
 @every_pair
 def test_two_processes_train_like_one(pair, two_processes, tmp_path):
+    together = two_processes(pair.slow)
     alone = fit_in(tmp_path, build(pair), steps=3, devices=Devices("cpu"))
-    states = [torch.load(two_processes / f"{pair}.{rank}.pt", weights_only=True) for rank in (0, 1)]
+    states = [torch.load(together / f"{pair}.{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert _differing(*states) == []
     atol = {name: 1e-3 if x.dtype == torch.float16 else 1e-5 for name, x in alone.items()}  # half: one more rounding
     assert [n for n, x in alone.items() if not torch.allclose(x, states[0][n], rtol=1e-5, atol=atol[n])] == []
-    together, one = _losses(two_processes / str(pair)), _losses(tmp_path)
+    both, one = _losses(together / str(pair)), _losses(tmp_path)
     assert len(one) == 3
-    for row, other in zip(one, together, strict=True):
+    for row, other in zip(one, both, strict=True):
         assert row == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
