@@ -17,6 +17,7 @@ from tag2mask.baselines import BASELINES
 from tag2mask.errors import UserError
 from tag2mask.methods import METHODS
 from tag2mask.pipeline import MANIFEST, read_json
+from tag2mask.refine import AFFINITY_NETS, BOUNDARY_NETS
 from tag2mask.runner import Run
 from tag2mask.segment import SEGMENTERS
 from tag2mask.stages import STAGES
@@ -85,6 +86,7 @@ def available() -> dict[str, dict[str, str]]:
         "data": recipes.SOURCES,
         "baselines": BASELINES,
         "methods": METHODS,
+        "affinities": {**AFFINITY_NETS, **BOUNDARY_NETS},
         "segmenters": SEGMENTERS,
         "stages": {name: kind.function for name, kind in STAGES.items()},
     }
@@ -101,7 +103,7 @@ def describe(name: str) -> dict[str, Any]:
     if name in recipes.built_in():
         found["text"] = recipes.load_text(name).rstrip()
     everything: dict[str, Callable[..., Any]] = {
-        **recipes.SOURCES, **BASELINES, **METHODS, **SEGMENTERS,
+        **recipes.SOURCES, **BASELINES, **METHODS, **AFFINITY_NETS, **BOUNDARY_NETS, **SEGMENTERS,
         **{stage: kind.function for stage, kind in STAGES.items()},
     }  # fmt: skip
     if name not in everything and "text" in found:

@@ -299,7 +299,7 @@ RECIPES = [
     ("data: {name: scenes}", "stages: missing"),
     ("data: {name: scenes}\nstages: [a, b]", "own: stages: must be a mapping of names to stages"),
     ("data: {name: scenes}\nstages: {a: {do: clasify}}", "a.do: 'clasify' is no kind of stage; did you mean classify?"),
-    ("data: {name: scenes}\nstages: {a: 3}", "a.do: None is no kind of stage; there is cams, "),
+    ("data: {name: scenes}\nstages: {a: 3}", "a.do: None is no kind of stage; there is attention, "),
     ("data: {name: scenes}\nstages: {a: {do: cams, of: b}}", "a.of: no earlier stage 'b'"),
     ("data: {name: scenes}\nstages: {a: {do: cams}}", "a.of: missing"),
     ("stages: {a: {do: cams, of: a}}", "data.name: None is unknown; there is scenes, folder"),
@@ -386,7 +386,7 @@ COMMANDS = [
     ("status nowhere", "nowhere: no run here; give the folder that was used as --work"),
     ("status torn --name folder", "torn: no run of 'folder' here"),
     ("describe camm", "nothing is called 'camm'; did you mean cam?"),
-    ("describe nosuch", "nothing is called 'nosuch'; there is cam, "),
+    ("describe nosuch", "nothing is called 'nosuch'; there is affinitynet, "),
     ("demo --device mps --work work", "--device mps: no Apple GPU is visible to PyTorch; use --device auto or cpu"),
     ("demo --device cuda --work work", "--device cuda: no CUDA GPU is visible to PyTorch; use --device auto or cpu"),
 ]  # fmt: skip

@@ -1,12 +1,23 @@
-"""The mean field against sums over every pair of pixels, written from the formula."""
+"""The mean field against sums over every pair of pixels, written from the formula, and against a lattice by loops."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from loop_lattice import LoopCRF
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from tag2mask.ops.mean_field import Kernels, colours_of, mean_field, pair_weights, refine_labels
+from tag2mask.ops import mean_field as module
+from tag2mask.ops.mean_field import (
+    Kernels,
+    Messages,
+    colours_of,
+    mean_field,
+    pair_weights,
+    positions,
+    refine_labels,
+)
 
 SMALL = Kernels(sigma=1.5, weight=0.7, sigma_xy=2.5, sigma_rgb=40.0, weight_rgb=1.3)
 
@@ -54,12 +65,28 @@ def slow_mean_field(unary, pairs, iterations):
     return q
 
 
-def slow_refine(labels, colours, count, valid, kernels, gt_prob, iterations):
+def slow_refine(labels, colours, count, valid, kernels, gt_prob, iterations, filters):
     flat = labels.flatten().numpy()
     unary = np.full((count, len(flat)), -math.log((1 - gt_prob) / (count - 1)))
     unary[flat, np.arange(len(flat))] = -math.log(gt_prob)
-    q = slow_mean_field(unary, slow_pairs(colours, kernels, valid), iterations)
+    if filters == "exact":
+        q = slow_mean_field(unary, slow_pairs(colours, kernels, valid), iterations)
+    else:
+        crf = LoopCRF(colours.permute(1, 2, 0).numpy(), weighted(kernels), valid=valid)
+        q = crf(unary.reshape(count, *labels.shape), steps=iterations)
     return torch.from_numpy(q.argmax(axis=0)).view(labels.shape)
+
+
+def weighted(kernels):
+    """As LoopCRF takes them."""
+    alike = (kernels.sigma_xy, kernels.sigma_xy, *[kernels.sigma_rgb] * 3)
+    return [((kernels.sigma, kernels.sigma), kernels.weight), (alike, kernels.weight_rgb)]
+
+
+def messages(colours, kernels, valid=None):
+    near, alike = positions(colours)
+    one, two = weighted(kernels)
+    return Messages([(near, *one), (alike, *two)], None if valid is None else valid.flatten(1) > 0)
 
 
 @pytest.fixture
@@ -89,18 +116,76 @@ def test_marginals(colours):
             torch.testing.assert_close(found[image].double(), torch.tensor(slow), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_marginals_by_the_lattice(colours, masked):
+    unary = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(2))
+    valid = torch.ones(2, 3, 4)
+    if masked:
+        valid[0, :, 3] = 0
+        valid[1] = 0
+    run = messages(colours, SMALL, valid if masked else None)
+    for iterations in (1, 4):
+        found = mean_field(unary, run, iterations)
+        torch.testing.assert_close(mean_field(unary, run.matrix(), iterations), found, rtol=1e-5, atol=1e-6)
+        for image in range(2):
+            crf = LoopCRF(colours[image].permute(1, 2, 0).numpy(), weighted(SMALL), valid=valid[image])
+            slow = crf(unary[image].double().numpy().reshape(3, 3, 4), steps=iterations).reshape(3, 12)
+            torch.testing.assert_close(found[image].double(), torch.tensor(slow), rtol=1e-5, atol=1e-5)
+
+
+def test_labels_that_are_alike_are_one_with_a_number(colours):
+    unary = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(2))
+    counts = torch.tensor([[1, 4, 1], [2, 0, 1]])
+    found = mean_field(unary, pair_weights(colours, SMALL), 5, counts)
+    for image, several in enumerate(counts.tolist()):
+        rows = [label for label, number in enumerate(several) for _ in range(number)]
+        every = mean_field(unary[image : image + 1, rows], pair_weights(colours, SMALL)[image : image + 1], 5)[0]
+        for row, label in enumerate(rows):
+            torch.testing.assert_close(every[row], found[image, label])
+    assert found[1, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("filters", ["lattice", "exact"])
 @pytest.mark.parametrize("count", [2, 4, 21])
-def test_refined_labels(colours, count):
+def test_refined_labels(colours, count, filters):
     draws = torch.Generator().manual_seed(4)
     labels = torch.randint(0, min(count, 4), (2, 3, 4), generator=draws)
     labels[1] = labels[1].clamp(max=1)  # fewer labels than in the other image
     valid = torch.ones(2, 3, 4)
     valid[0, 2] = 0
-    found = refine_labels(labels, colours, count, valid, gt_prob=0.6, iterations=3, kernels=SMALL)
+    options = {"gt_prob": 0.6, "iterations": 3, "kernels": SMALL, "filters": filters}
+    found = refine_labels(labels, colours, count, valid, **options)
     assert found.dtype == torch.int64
     for image in range(2):
-        slow = slow_refine(labels[image], colours[image], count, valid[image], SMALL, 0.6, 3)
+        slow = slow_refine(labels[image], colours[image], count, valid[image], SMALL, 0.6, 3, filters)
         assert torch.equal(found[image], slow)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_large_grids_are_refined_like_small_ones(monkeypatch, masked):
+    draws = torch.Generator().manual_seed(6)
+    colours = torch.nn.functional.interpolate(torch.rand(2, 3, 3, 3, generator=draws) * 255, size=(9, 8))
+    labels = torch.randint(0, 4, (2, 9, 8), generator=draws)
+    valid = torch.ones(2, 9, 8)
+    valid[1, 5:] = 0
+    found = []
+    for pixels in (0, 1000):
+        monkeypatch.setattr(module, "SMALL_ON_CPU", pixels)
+        found.append(refine_labels(labels, colours, 5, valid if masked else None))
+    assert torch.equal(*found) and not torch.equal(found[0], labels)
+
+
+@pytest.mark.parametrize("pixels", [0, 1000])
+@pytest.mark.parametrize("filters", ["lattice", "exact"])
+def test_refining_reads_no_value_back_from_the_device(monkeypatch, colours, filters, pixels):
+    monkeypatch.setattr(module, "SMALL_ON_CPU", pixels)
+    labels = torch.zeros(2, 3, 4, dtype=torch.int64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # tensors with shapes but no values
+        given = mode.from_tensor(labels), mode.from_tensor(colours), 3, mode.from_tensor(torch.ones(2, 3, 4))
+        refined = refine_labels(*given, filters=filters)
+        assert refined.shape == labels.shape
+        with pytest.raises(DataDependentOutputException):
+            refined.sum().item()
 
 
 def test_refinement_follows_edges_and_ignores_padding():

@@ -11,7 +11,7 @@ as the filters of the usual implementations do. K is the permutohedral lattice's
 as usual; the exact one gives other labels at 1 to 2 pixels in 100.
 
 On a small grid the lattice filters the identity once, and from then on is a matrix: a few operations for a whole batch
-where the filters would take hundreds, which is what counts on a GPU. Nothing in a refinement makes the host wait for the device.
+where the filters would take hundreds, which is what counts on a GPU. Refining labels never makes the host wait for it.
 """
 
 from __future__ import annotations
@@ -51,17 +51,21 @@ LABEL_KERNELS = Kernels()  # the usual choice where the unary comes from labels 
 class Messages:
     """What all pixels say to each: marginals [B P L] -> sum_j k(i, j) Q_j(l), [B P L], by the lattice.
 
-    kernels: (points [B P d] or [1 P d] in units of the standard deviation, weight). valid [B P]: pixels that are False
-    neither send nor receive. compact: see `Lattice`.
+    kernels: (points [B P d] or [1 P d], standard deviations of the d coordinates, weight). valid [B P]: pixels that are
+    False neither send nor receive. compact: see `Lattice`.
     """
 
     def __init__(
-        self, kernels: Sequence[tuple[Tensor, float]], valid: Tensor | None = None, *, compact: bool = False
+        self,
+        kernels: Sequence[tuple[Tensor, Sequence[float], float]],
+        valid: Tensor | None = None,
+        *,
+        compact: bool = False,
     ) -> None:
         self.parts: list[tuple[Lattice, Tensor]] = []
-        for points, weight in kernels:
+        for points, sigmas, weight in kernels:
             points = points if valid is None else points.expand(len(valid), -1, -1)
-            lattice = Lattice(points, valid, compact=compact)
+            lattice = Lattice(points, sigmas, valid, compact=compact)
             sums = lattice.filter(points.new_ones(*points.shape[:2], 1))
             self.parts.append((lattice, math.sqrt(weight) * sums.clamp(min=1e-20).rsqrt()))
 
@@ -89,9 +93,8 @@ def colours_of(images: Tensor) -> Tensor:
     return torch.stack([images[:, channel] * scale for channel, scale in enumerate(RGB_SCALE)], dim=1)
 
 
-@torch.no_grad()
-def positions(colours: Tensor, kernels: Kernels = LABEL_KERNELS) -> tuple[Tensor, Tensor]:
-    """Points of the kernels in units of their widths: columns and rows [1 P 2], the same and colours [B P 2+C].
+def positions(colours: Tensor) -> tuple[Tensor, Tensor]:
+    """Column and row of every pixel [1 P 2], and both with its colour [B P 2+C].
 
     colours [B C h w]; pixels row by row, P = h w.
     """
@@ -101,8 +104,7 @@ def positions(colours: Tensor, kernels: Kernels = LABEL_KERNELS) -> tuple[Tensor
     )
     places = torch.stack([columns, rows], dim=-1).flatten(0, 1).to(colours.dtype)[None]
     shades = colours.flatten(2).transpose(1, 2)
-    both = torch.cat([(places / kernels.sigma_xy).expand(len(shades), -1, -1), shades / kernels.sigma_rgb], dim=2)
-    return places / kernels.sigma, both
+    return places, torch.cat([places.expand(len(shades), -1, -1), shades], dim=2)
 
 
 @torch.no_grad()
@@ -111,9 +113,11 @@ def pair_weights(colours: Tensor, kernels: Kernels = LABEL_KERNELS, valid: Tenso
 
     valid [B h w]: pixels that are 0 there neither send nor receive. Memory and time grow with (h w)^2.
     """
-    near, alike = (_gaussian(points) for points in positions(colours, kernels))
     mask = None if valid is None else valid.flatten(1).to(colours.dtype)
-    return kernels.weight * _normalised(near, mask) + kernels.weight_rgb * _normalised(alike, mask)
+    total = torch.zeros((), device=colours.device)
+    for points, sigmas, weight in _weighted(colours, kernels):
+        total = weight * _normalised(_gaussian(points / points.new_tensor(sigmas)), mask) + total
+    return total
 
 
 @torch.no_grad()
@@ -164,12 +168,20 @@ def refine_labels(
     if filters == "exact":
         pairs = pair_weights(colours, kernels, valid)
     else:
-        near, alike = positions(colours, kernels)
-        weighted = [(near, kernels.weight), (alike, kernels.weight_rgb)]
-        pairs = Messages(weighted, None if valid is None else valid.flatten(1) > 0)
+        pairs = Messages(_weighted(colours, kernels), None if valid is None else valid.flatten(1) > 0)
         small = SMALL_ON_CPU if colours.device.type == "cpu" else SMALL_ELSEWHERE
         pairs = pairs.matrix() if flat.shape[1] <= small else pairs
     return mean_field(unary, pairs, iterations).argmax(dim=1).view_as(labels)
+
+
+def _weighted(colours: Tensor, kernels: Kernels) -> list[tuple[Tensor, tuple[float, ...], float]]:
+    """Both kernels as `Messages` takes them."""
+    near, alike = positions(colours)
+    shades = (kernels.sigma_rgb,) * colours.shape[1]
+    return [
+        (near, (kernels.sigma,) * 2, kernels.weight),
+        (alike, (kernels.sigma_xy, kernels.sigma_xy, *shades), kernels.weight_rgb),
+    ]
 
 
 def _gaussian(x: Tensor) -> Tensor:

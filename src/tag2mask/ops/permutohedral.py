@@ -5,7 +5,7 @@ Adams, Baek, Davis: Fast High-Dimensional Filtering Using the Permutohedral Latt
     sum_j exp(-|f_i - f_j|^2 / 2) v_j  ~  c slice(blur(splat(v)))_i
 
     symbol   here                  meaning
-    f        points                positions in d dimensions, in units of the standard deviation
+    f        points / sigmas       positions in d dimensions, in units of the standard deviation
              E f                   the same in d + 1 coordinates that sum to 0, scaled so that the three steps together
                                    have variance 1 (section 3); lattice points are those whose coordinates are whole
                                    and leave the same remainder k when divided by d + 1
@@ -26,6 +26,7 @@ its neighbours' keys differ from its own by constants, and coordinates may be of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +52,16 @@ def coefficients(count: int) -> list[int]:
     return found
 
 
-def embed(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Points [... d] -> (keys of the corners [... d+1] int64, barycentric weights [... d+1] float64)."""
+def embed(points: Tensor, sigmas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Points [... d] -> (keys of the corners [... d+1] int64, barycentric weights [... d+1] float64).
+
+    In double precision, and in this order of operations, wherever it is done: a point on the border of two simplices
+    must be in the same one for every implementation, as lattice points exist or not by that.
+    """
     dims = points.shape[-1]
     size = dims + 1
-    scaled = points.double() * torch.tensor(scales(dims), dtype=torch.float64, device=points.device)
+    factors = [scale / sigma for scale, sigma in zip(scales(dims), sigmas, strict=True)]
+    scaled = points.double() * torch.tensor(factors, dtype=torch.float64, device=points.device)
     beyond = torch.zeros_like(scaled[..., 0])  # sum of the coordinates behind this one
     elevated: list[Tensor] = []
     for k in range(dims, 0, -1):
@@ -92,14 +98,17 @@ def embed(points: Tensor) -> tuple[Tensor, Tensor]:
 class Lattice:
     """The lattice of a batch of point sets.
 
-    points [B N d], in units of the standard deviation. valid [B N]: points that are False neither send nor receive.
-    compact: allocate what is needed, which makes the host wait for the device; else what could be needed at most.
+    points [B N d]; sigmas: the standard deviations of the d coordinates. valid [B N]: points that are False neither
+    send nor receive. compact: allocate what is needed, which makes the host wait for the device; otherwise what could
+    be needed at most.
     """
 
-    def __init__(self, points: Tensor, valid: Tensor | None = None, *, compact: bool = False) -> None:
+    def __init__(
+        self, points: Tensor, sigmas: Sequence[float], valid: Tensor | None = None, *, compact: bool = False
+    ) -> None:
         self.batch, self.count, dims = points.shape
         device = points.device
-        keys, weights = embed(points)
+        keys, weights = embed(points, sigmas)
         keys = keys + torch.arange(self.batch, device=device)[:, None, None] * coefficients(dims + 2)[-1]
         if valid is not None:
             keys = torch.where(valid[..., None], keys, NOWHERE)
@@ -145,5 +154,11 @@ class Lattice:
         return values.view(self.batch, self.count, -1)
 
     def filter(self, values: Tensor) -> Tensor:
-        """Values [B N L] -> their sums over all points, weighted by (about) the Gaussian of the distance [B N L]."""
+        """Values [B N L] -> their sums over all points, weighted by (about) the Gaussian of the distance [B N L].
+
+        A lattice of one point set serves any number of sets of values.
+        """
+        if self.batch == 1 and len(values) > 1:
+            together = values.transpose(0, 1).flatten(1)[None]  # [1 N B*L]
+            return self.filter(together)[0].unflatten(1, (len(values), -1)).transpose(0, 1)
         return self.slice(self.blur(self.splat(values)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tag2mask.data.source import Source
 from tag2mask.pipeline import Stage
+from tag2mask.stages.affinity import check_irn, check_psa, irn, psa
 from tag2mask.stages.attention import attention, check_attention, check_integrate, integrate
 from tag2mask.stages.cams import cams
 from tag2mask.stages.classify import check_classifier, classify
@@ -12,6 +13,7 @@ from tag2mask.stages.context import Context
 from tag2mask.stages.evaluate import check_split, evaluate_classifier, evaluate_maps, evaluate_masks
 from tag2mask.stages.labels import labels
 from tag2mask.stages.segment import check_segmenter, predict, segment
+from tag2mask.stages.walk import walk
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ STAGES = {
     "attention": StageKind(attention, check_attention),
     "integrate": StageKind(integrate, check_integrate),
     "cams": StageKind(cams),
+    "psa": StageKind(psa, check_psa),
+    "irn": StageKind(irn, check_irn),
+    "walk": StageKind(walk),
     "labels": StageKind(labels),
     "segment": StageKind(segment, check_segmenter),
     "predict": StageKind(predict),
