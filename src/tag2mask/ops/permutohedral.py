@@ -160,5 +160,6 @@ class Lattice:
         """
         if self.batch == 1 and len(values) > 1:
             together = values.transpose(0, 1).flatten(1)[None]  # [1 N B*L]
-            return self.filter(together)[0].unflatten(1, (len(values), -1)).transpose(0, 1)
+            apart: Tensor = self.filter(together)[0].unflatten(1, (len(values), -1))
+            return apart.transpose(0, 1)
         return self.slice(self.blur(self.splat(values)))
