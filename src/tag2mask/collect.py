@@ -22,7 +22,7 @@ from tag2mask.pipeline import MANIFEST, read_json
 from tag2mask.recipe import SOURCES
 from tag2mask.report import GalleryItem, Panel, RunSummary, StageRow, TrainingCurve
 from tag2mask.stages.evaluate import PER_IMAGE, RESULT
-from tag2mask.stages.labels import mask_path
+from tag2mask.stages.labels import MASKS, mask_path
 
 BEST, WORST = 4, 4
 
@@ -134,7 +134,7 @@ def _gallery(
         scores: dict[str, float] = {}
         if (folders[name] / PER_IMAGE).exists():
             scores = read_json(folders[name] / PER_IMAGE)
-        cams = record["stages"][of]["inputs"].get("of") if record["stages"][of]["kind"] == "labels" else None
+        cams = record["stages"][of]["inputs"].get("of") if record["stages"][of]["kind"] in MASKS else None
         threshold = _seed_threshold(work, record, cams)
         for index in _chosen(samples, scores):
             panels = _panels(samples, index, folders, of, cams, threshold, len(classes))

@@ -21,6 +21,7 @@ from tag2mask.refine import AFFINITY_NETS, BOUNDARY_NETS
 from tag2mask.runner import Run
 from tag2mask.segment import SEGMENTERS
 from tag2mask.stages import STAGES
+from tag2mask.stages.labels import MASKS
 
 Row = Mapping[str, Any]
 
@@ -30,7 +31,7 @@ def outcome(run: Run, report: Path) -> dict[str, Any]:
     record = collect.find_record(run.work, run.recipe.name)
     return {
         "results": collect.results(run.work, record),
-        "masks": [str(folder / "masks") for folder in run.folders("labels")],
+        "masks": [str(folder / "masks") for kind in MASKS for folder in run.folders(kind)],
         "models": [str(folder) for folder in run.folders("segment")],
         "report": str(report),
     }

@@ -118,8 +118,11 @@ class TestFaults:
             ("of: classify", "of: masks", "cams.of: no earlier stage 'masks'; there is classify"),  # Input order
             ("of: classify", "of: cams", "cams.of: no earlier stage 'cams'; there is classify"),
             ("of: classify, ", "", "cams.of: missing; give it in the recipe or as -s cams.of=VALUE"),
-            ("of: masks", "of: cams", "quality.of: cams is a cams stage, this needs labels or predict"),
-            ("of: masks", "of: classify", "quality.of: classify is a classify stage, this needs labels or predict"),
+            ("of: masks", "of: cams", "quality.of: cams is a cams stage, this needs labels or crf or predict"),
+            (
+                "of: masks", "of: classify",
+                "quality.of: classify is a classify stage, this needs labels or crf or predict",
+            ),
             ("name: cam,", "name: kam,", "classify.net: no 'kam'; did you mean cam?"),
             ("train: {steps: 4}", "train: {steps: 4, bacth: 2}", "classify.train.bacth: unknown; did you mean batch?"),
             ("train: {steps: 4}", "train: {}", "classify.train: give either epochs or steps"),

@@ -55,7 +55,7 @@ class TestEveryStep:
         maps = torch.rand(3, 9, 13)
         found = affinity.propagate(maps, tol=0)
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), loop_walk(maps, transitions, 256), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.double(), loop_walk(maps, transitions, 256), rtol=1e-3, atol=1e-4)
 
     def test_half_precision_maps_walk_in_single(self):
         affinity, transitions, _ = edges_case((9, 13), dtype=torch.float32)

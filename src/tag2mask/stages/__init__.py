@@ -10,6 +10,7 @@ from tag2mask.stages.attention import attention, check_attention, check_integrat
 from tag2mask.stages.cams import cams
 from tag2mask.stages.classify import check_classifier, classify
 from tag2mask.stages.context import Context
+from tag2mask.stages.crf import crf
 from tag2mask.stages.evaluate import check_split, evaluate_classifier, evaluate_maps, evaluate_masks
 from tag2mask.stages.labels import labels
 from tag2mask.stages.segment import check_segmenter, predict, segment
@@ -39,6 +40,7 @@ STAGES = {
     "irn": StageKind(irn, check_irn),
     "walk": StageKind(walk),
     "labels": StageKind(labels),
+    "crf": StageKind(crf),
     "segment": StageKind(segment, check_segmenter),
     "predict": StageKind(predict),
     "evaluate_classifier": StageKind(evaluate_classifier),

@@ -23,7 +23,7 @@ from tag2mask.pipeline import Stage, write_json
 from tag2mask.schema import Input
 from tag2mask.stages.classify import load_classifier
 from tag2mask.stages.context import BatchSize, Context
-from tag2mask.stages.labels import mask_path
+from tag2mask.stages.labels import MASKS, mask_path
 
 RESULT, PER_IMAGE = "result.json", "per_image.json"
 NO_MASKS = "there are no truth masks for this split"
@@ -110,7 +110,7 @@ def evaluate_maps(
     return _write(ctx, "maps", split, samples, result | {"curve": curve.to_dict()})
 
 
-def evaluate_masks(ctx: Context, *, of: Annotated[Path, Input(("labels", "predict"))], split: Split = "score") -> None:
+def evaluate_masks(ctx: Context, *, of: Annotated[Path, Input((*MASKS, "predict"))], split: Split = "score") -> None:
     """Masks against the truth of one split; without truth, the share of the pixels that each class covers.
 
     of: the masks. split: train, score or test; the masks must exist for its images.

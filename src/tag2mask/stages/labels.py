@@ -17,6 +17,8 @@ from tag2mask.ops.cams import power_background, to_mask
 from tag2mask.schema import Input
 from tag2mask.stages.context import Context
 
+MASKS = ("labels", "crf")  # the kinds of stages that make masks of the train images
+
 
 @dataclass(frozen=True, kw_only=True)
 class Background:

@@ -26,13 +26,13 @@ from tag2mask.segment import SEGMENTERS, DeepLab, SegmentObjective
 from tag2mask.segment import predict as probabilities
 from tag2mask.stages.classify import MODEL, WEIGHTS, save_weights, without_weights
 from tag2mask.stages.context import BatchSize, Context, Scales, images_to_do
-from tag2mask.stages.labels import mask_path
+from tag2mask.stages.labels import MASKS, mask_path
 
 
 def segment(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("labels",))],
+    of: Annotated[Path, Input(MASKS)],
     net: Annotated[Settings, OneOf(SEGMENTERS)],
     train: Training,
     augment: Augment = Augment(),  # noqa: B008  (frozen)
