@@ -15,15 +15,14 @@ for the whole grid only estimated: they grow with the cube of the number of cell
 from __future__ import annotations
 
 import argparse
-import ctypes
-import multiprocessing
+import math
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peak import peak_megabytes
 from torch import Tensor
 
 from tag2mask.data.scenes import Scenes
@@ -103,30 +102,15 @@ def cpu_seconds(work: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor
     return min(times), found
 
 
-def megabytes(name: str, which: str) -> float | None:
-    """What the work adds to the memory of a fresh process at its peak; None where the system does not tell."""
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (name, which))
+def megabytes(name: str, case: Case, work: Callable[[str, Case], Tensor]) -> float:
+    """The peak of the work without its inputs."""
+    return peak_megabytes(work, name, case, warm_up=partial(_tiny, work))
 
 
-def _peak(name: str, which: str) -> float:
-    torch.set_num_threads(1)
-    case = inputs(name)
-    work = ours if which == "ours" else dense
-    tiny = (case[0][..., :12, :12], case[1][..., :12, :12])
-    work(name, tiny)  # what is loaded on first use is not counted
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here
-    before = _high_water()
-    work(name, case)
-    return _high_water() - before
-
-
-def _high_water() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+def _tiny(work: Callable[[str, Case], Tensor], name: str, case: Case) -> None:
+    given, maps = case
+    torch.stack([given.sum(), maps.sum()])  # from here on they are in memory
+    work(name, (given[..., :12, :12], maps[..., :12, :12]))
 
 
 def main() -> None:
@@ -141,7 +125,7 @@ def main() -> None:
         case = inputs(name)
         ours(name, case)
         mine, walked = cpu_seconds(partial(ours, name, case), options.repeats)
-        print(f"{name}: ours {1000 * mine:.0f} ms, {_mb(megabytes(name, 'ours'))}")
+        print(f"{name}: ours {1000 * mine:.0f} ms, {_mb(megabytes(name, case, ours))}")
         if name == IRN and options.rival == "scaled":
             theirs = per_cube * walked[0].numel() ** 3
             print(
@@ -152,14 +136,14 @@ def main() -> None:
         per_cube = theirs / walked[0].numel() ** 3
         same = (labels(name, walked) == labels(name, rival)).double().mean()
         apart = ((walked - rival).abs().amax(dim=(1, 2)) / rival.amax(dim=(1, 2))).max()
-        print(f"  dense powers: {theirs:.1f} s, {theirs / mine:.0f} x ours, {_mb(megabytes(name, 'dense'))}")
+        print(f"  dense powers: {theirs:.1f} s, {theirs / mine:.0f} x ours, {_mb(megabytes(name, case, dense))}")
         print(
             f"  labels the same: {100 * same:.4f} %, largest difference of values, over the map's largest, {apart:.1e}"
         )
 
 
-def _mb(value: float | None) -> str:
-    return "memory unknown here" if value is None else f"{value:.0f} MB"
+def _mb(value: float) -> str:
+    return "memory unknown here" if math.isnan(value) else f"{value:.0f} MB"
 
 
 if __name__ == "__main__":
