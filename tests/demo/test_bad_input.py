@@ -449,7 +449,7 @@ def test_a_full_disk_is_no_bug_of_ours(tmp_path, monkeypatch, tag2mask):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["tag2mask.stages.labels"], "write_mask", full)
+    monkeypatch.setattr(sys.modules["tag2mask.stages.crf"], "write_mask", full)
     done = tag2mask(*DEMO, "--work", tmp_path)
     assert done.code == 2 and "No space left on device; make room" in done.err and "Traceback" not in done.err
 
@@ -458,7 +458,7 @@ def test_a_bug_of_ours_keeps_its_traceback(tmp_path, monkeypatch, tag2mask):
     def bug(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sys.modules["tag2mask.stages.labels"], "write_mask", bug)
+    monkeypatch.setattr(sys.modules["tag2mask.stages.crf"], "write_mask", bug)
     with pytest.raises(ZeroDivisionError):
         tag2mask(*DEMO, "--work", tmp_path)
 

@@ -144,11 +144,11 @@ def test_manifests_count_the_same_files(runs):
     assert counts[0] == counts[1] and len(counts[0]) == 9
 
 
-def test_labels_and_predictions_that_were_cut_short(runs, tag2mask):
+def test_masks_and_predictions_that_were_cut_short(runs, tag2mask):
     """A kill leaves a folder without manifest, some of its files, and perhaps a torn one under another name."""
     whole, killed, _ = runs
     untouched = killed.finished()
-    for stage in ("labels", "predict", "evaluate_maps"):
+    for stage in ("crf", "predict", "evaluate_maps"):
         folder = killed.folder(stage)
         untouched.pop(folder / MANIFEST)
         (folder / MANIFEST).unlink()

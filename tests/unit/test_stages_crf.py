@@ -256,10 +256,10 @@ def test_maps_without_their_image_are_one_line(tmp_path, devices):
 )
 def test_faults_of_a_recipe(override, word):
     with pytest.raises(UserError, match=word):
-        load("demo", ["masks.do=crf", override])
+        load("demo", [override])
 
 
 def test_a_recipe_may_say_it_all():
     settings = ["masks.gaussian=[3, 3]", "masks.bilateral=[50, 5, 10]", "masks.unary=labels", "masks.steps=5"]
-    loaded = load("demo", ["masks.do=crf", "masks.preset=deeplab", *settings]).stages["masks"]
+    loaded = load("demo", settings).stages["masks"]
     assert loaded["do"] == "crf" and tuple(loaded["bilateral"]) == (50, 5, 10) and loaded["preset"] == "deeplab"
