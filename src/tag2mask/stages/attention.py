@@ -15,7 +15,7 @@ from torch import Tensor
 from tag2mask import progress
 from tag2mask.baselines import BASELINES
 from tag2mask.baselines.integral import TARGET, IntegralObjective
-from tag2mask.core import Baseline, Objective
+from tag2mask.core import Baseline
 from tag2mask.data.augment import Augment, Crops, collate
 from tag2mask.data.map_crops import MapCrops
 from tag2mask.data.maps import Maps, map_path, map_size, write_maps
@@ -26,8 +26,8 @@ from tag2mask.errors import UserError
 from tag2mask.ops.cams import min_max_norm
 from tag2mask.ops.seed import seed_of
 from tag2mask.pipeline import Stage, write_json
-from tag2mask.schema import Input, OneOf, Settings, make
-from tag2mask.stages.classify import MEMORY, MODEL, WEIGHTS, save_weights
+from tag2mask.schema import Input, OneOf, Settings
+from tag2mask.stages.classify import MEMORY, MODEL, WEIGHTS, build_objective, save_weights
 from tag2mask.stages.context import Context
 
 NETS = {name: BASELINES[name] for name in ("cam", "oaa")}  # those whose maps are all that there is to train
@@ -95,7 +95,7 @@ def integrate(
     weights = ctx.out / WEIGHTS
     if not weights.exists():
         torch.manual_seed(seed_of(train.seed))
-        model = _build(net, len(ctx.source.classes), bf16)
+        model = build_objective(net, {}, len(ctx.source.classes), bf16)
         objective = IntegralObjective(model)
         crops = Crops(ctx.source.split("train"), augment, seed=train.seed)
         data = MapCrops(
@@ -116,8 +116,4 @@ def integrate(
 
 def check_integrate(source: Source, stage: Stage) -> None:
     """Build the network once, before anything runs. Raises UserError if it cannot be built."""
-    _build(stage.settings["net"], len(source.classes), stage.settings["bf16"])
-
-
-def _build(net: Settings, num_classes: int, bf16: bool) -> Objective:
-    return Objective(make(NETS[net["name"]], net, num_classes=num_classes), num_classes=num_classes, bf16=bf16)
+    build_objective(stage.settings["net"], {}, len(source.classes), stage.settings["bf16"])

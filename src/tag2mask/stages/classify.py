@@ -42,7 +42,7 @@ def classify(
     weights = ctx.out / WEIGHTS
     if not weights.exists():
         torch.manual_seed(seed_of(train.seed))
-        objective = _build(net, methods or {}, len(ctx.source.classes), bf16)
+        objective = build_objective(net, methods or {}, len(ctx.source.classes), bf16)
         samples = ctx.source.split("train")
         objective.remember(torch.from_numpy(samples.tags))
         crops = Crops(samples, augment, seed=train.seed, side=objective.net.needs)
@@ -64,7 +64,7 @@ def classify(
 def check_classifier(source: Source, stage: Stage) -> None:
     """Build the network once, before anything runs. Raises UserError if it cannot be built or lacks a side input."""
     net = stage.settings["net"]
-    objective = _build(net, stage.settings["methods"], len(source.classes), stage.settings["bf16"])
+    objective = build_objective(net, stage.settings["methods"], len(source.classes), stage.settings["bf16"])
     missing = sorted(objective.net.needs - source.split("train").side.keys())
     if missing:
         raise UserError(f"net: {net['name']} needs {', '.join(missing)} maps; give data.{missing[0]}")
@@ -73,7 +73,7 @@ def check_classifier(source: Source, stage: Stage) -> None:
 def load_classifier(folder: Path) -> Objective:
     """The trained objective of a classify stage, in evaluation mode on the CPU."""
     model = read_json(folder / MODEL)
-    objective = _build(without_weights(model["net"]), model["methods"], len(model["classes"]), model["bf16"])
+    objective = build_objective(without_weights(model["net"]), model["methods"], len(model["classes"]), model["bf16"])
     load_inference_state(objective, load_file(folder / WEIGHTS))
     return objective.eval()
 
@@ -95,7 +95,8 @@ def without_weights(settings: Settings) -> Settings:
     return settings | {"backbone": settings["backbone"] | {"weights": None}}
 
 
-def _build(net: Settings, methods: Settings, num_classes: int, bf16: bool) -> Objective:
+def build_objective(net: Settings, methods: Settings, num_classes: int, bf16: bool) -> Objective:
+    """The baseline and the methods of checked settings, with initial weights."""
     baseline: Baseline = make(BASELINES[net["name"]], net, num_classes=num_classes)
     parts: dict[str, Method] = {name: make(METHODS[name], settings) for name, settings in methods.items()}
     return Objective(baseline, parts, num_classes=num_classes, bf16=bf16)
