@@ -1,10 +1,11 @@
 """Times RCA's contrast and its writes to the memory against loops over regions: `python benchmarks/rca.py`.
 
 Both get the same features, maps, memory and draws, and must give the same loss and gradients, and the same memory; the
-ratios are of one run on one machine. The loops do what one writes first: for every region draw a partner, mix the two,
-compare with all that is remembered, which is normalised for that, and take positives and negatives by masks; for every
-image and every class of it mix the vector into the class's next slot. RCA computes as many regions for each image as
-the image with most classes has (5 on VOC), whether they are there or not; on a CPU that is most of its time.
+ratios are of one run on one machine, of CPU time if there is one thread, as by default. The loops do what one writes
+first: for every region draw a partner, mix the two, compare with all that is remembered, which is normalised for that,
+and take positives and negatives by masks; for every image and every class of it mix the vector into the class's next
+slot. RCA computes as many regions for each image as the image with most classes has (5 on VOC), whether they are there
+or not; on a CPU that is most of its time.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=5, help="classes of the image that has most; all others have two")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
 
     torch.manual_seed(0)
     method = RCA(capacity=SLOTS)
@@ -100,17 +103,18 @@ def compare(
 ) -> None:
     """Time both from the same memory, in turns, and check that results are the same."""
     before = {name: x.clone() for name, x in memory.state_dict().items()}
+    clock = time.perf_counter if memory.rows.is_cuda or torch.get_num_threads() > 1 else time.thread_time
     seconds: dict[str, list[float]] = {"loops": [], "RCA": []}
     results = {}
     for turn in range(repeats + 2):  # the first two warm up
         for name, work in (("loops", slow), ("RCA", fast)):
             memory.load_state_dict(before)
             synchronise(memory.rows)
-            start = time.perf_counter()
+            start = clock()
             found = work()
             synchronise(memory.rows)
             if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
             results[name] = [x.clone() for x in found]
     for plain, mine in zip(results["loops"], results["RCA"], strict=True):
         if not torch.allclose(plain.float(), mine.float(), rtol=1e-4, atol=1e-5 * plain.abs().max().item()):

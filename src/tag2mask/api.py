@@ -20,10 +20,11 @@ from tag2mask.errors import UserError
 from tag2mask.export import overlay as overlay_mask
 from tag2mask.metrics import Confusion
 from tag2mask.pipeline import MANIFEST, make_folder, read_json
-from tag2mask.recipe import Recipe, load, written_stages
+from tag2mask.recipe import Recipe, load, written, written_stages
 from tag2mask.report import render
 from tag2mask.runner import Options, Run, prepare
 from tag2mask.stages.classify import MODEL
+from tag2mask.stages.crf import Preset
 from tag2mask.stages.segment import load_segmenter, predict_masks
 
 __all__ = ["Options", "Recipe", "Run", "evaluate", "folder_recipe", "load", "predict", "prepare", "run", "write_report"]
@@ -43,10 +44,15 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, work: str
 def folder_recipe(
     images: str | Path, data: Mapping[str, Any], overrides: Sequence[str] = (), *, recipe: str = "folder"
 ) -> Recipe:
-    """The recipe for a folder of images; `data` are further arguments of `data.folder.Folder` (tags, masks, ...)."""
+    """A recipe on a folder of images; `data` are further arguments of `data.folder.Folder` (tags, masks, ...).
+
+    What the recipe says of another kind of data (voc12, scenes, ...) is dropped.
+    """
+    own = written(recipe).get("data")
+    of_folders = isinstance(own, dict) and own.get("name") == "folder"
     given = {"images": str(images)} | {key: value for key, value in data.items() if value is not None}
     as_yaml = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
-    return load(recipe, [*as_yaml, *overrides])
+    return load(recipe, [*([] if of_folders else ["data={name: folder}"]), *as_yaml, *overrides])
 
 
 def network_overrides(
@@ -89,10 +95,11 @@ def find_model(path: str | Path) -> Path:
 
 def predict(
     model: str | Path, images: str | Path, out: str | Path, *, overlays: bool = False, device: Device = "auto",
-    workers: int = 2, batch: int = 4,
+    workers: int = 2, batch: int = 4, crf: Preset | None = None,
 ) -> int:  # fmt: skip
     """Masks of untagged images by a trained segmenter: `out`/masks/<name>.png, with overlays in `out`/overlays.
 
+    crf: the preset of a dense CRF that goes over the segmenter's probabilities, such as "deeplab".
     Images that have a mask already are skipped. Returns the number of images. Raises UserError if the model or the
     images cannot be read.
     """
@@ -109,7 +116,7 @@ def predict(
     paths = [found[name][0] for name in names]
     outputs = [target / "masks" / f"{name}.png" for name in names]
     make_folder(target, "--out")
-    predict_masks(segmenter, partial(_nth, paths), outputs, devices, workers=workers, batch=batch)
+    predict_masks(segmenter, partial(_nth, paths), outputs, devices, workers=workers, batch=batch, crf=crf)
     if overlays and devices.main:
         for path, mask in zip(paths, outputs, strict=True):
             picture = overlay_mask(read_image(path), read_mask(mask, len(segmenter.classes)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tag2mask import cli_data, cli_export, cli_weights
+from tag2mask import cli_analyse, cli_data, cli_export, cli_table, cli_weights
 from tag2mask.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -25,9 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_analyse.app, name="analyse")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_export.app, name="export")
 app.add_typer(cli_weights.app, name="weights")
+app.command()(cli_table.table)
 
 Work = Annotated[
     Path, typer.Option("--work", help="Folder for everything a run makes; the same command resumes in it.")
@@ -106,13 +108,14 @@ def predict(
     folder: Annotated[Path, typer.Argument(help="Folder of images; no tags are needed.")],
     out: Annotated[Path, typer.Option(help="Where masks/ (and overlays/) are written.")] = Path("predicted"),
     overlays: Annotated[bool, typer.Option(help="Also write pictures of the masks over the images.")] = True,
+    crf: Annotated[Literal["psa", "irn", "deeplab"] | None, typer.Option(help="Refine masks with a dense CRF.")] = None,
     device: DeviceName = "auto",
     workers: Workers = 2,
 ) -> None:
     """Masks of untagged images by a trained segmenter."""
     from tag2mask import api
 
-    count = api.predict(model, folder, out, overlays=overlays, device=device, workers=workers)
+    count = api.predict(model, folder, out, overlays=overlays, crf=crf, device=device, workers=workers)
     typer.echo(f"{count} masks in {out / 'masks'}" + (f", pictures in {out / 'overlays'}" if overlays else ""))
 
 
@@ -145,15 +148,15 @@ def report(
 def plan(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file.")],
     set_: Set = None, work: Work = Path("work"), as_json: AsJson = False,
+    cost: Annotated[bool, typer.Option(help="Estimate time and disk, which goes through every network once.")] = True,
+    tflops: Annotated[float, typer.Option(min=0.001, help="Speed assumed for the GPU, 1e12 operations/s.")] = 15,
 ) -> None:  # fmt: skip
-    """Check a recipe and its data and show what would be run, without running it."""
+    """Check a recipe and its data and show what would be run and what it would take, without running it."""
     from tag2mask import api, tables
 
     prepared = api.prepare(api.load(recipe, set_ or []), work)
-    stages = [
-        {"stage": s.name, "do": s.kind, "state": s.state(work), "folder": s.folder(work).name} for s in prepared.stages
-    ]
-    typer.echo(json.dumps(stages, indent=1) if as_json else tables.rows(stages))
+    stages = tables.planned(prepared, tflops=tflops if cost else None)
+    typer.echo(json.dumps(stages, indent=1) if as_json else tables.plan_text(stages, tflops))
 
 
 @app.command()

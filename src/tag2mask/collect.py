@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tag2mask import schema
+from tag2mask.baselines import BASELINES
 from tag2mask.data.images import read_mask
 from tag2mask.data.maps import map_path, read_maps
 from tag2mask.data.source import Samples
@@ -73,7 +74,7 @@ def summarise(work: Path, record: Mapping[str, Any]) -> RunSummary:
         device=str(last.get("device", "")),
         versions=last.get("versions", {}),
         data={"name": record["data"]["name"], **record["summary"]},
-        supervision=_supervision(finished),
+        supervision=supervision(work, record),
         stages=[_stage_row(name, record["stages"][name]["folder"], m) for name, m in finished.items()],
         curves=curves,
         results=results(work, record),
@@ -105,16 +106,19 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _supervision(finished: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    found = ["image tags"]
-    for manifest in finished.values():
-        net = manifest["settings"].get("net")
-        weights = net["backbone"]["weights"] if net else None
-        if weights:
-            name = net["backbone"]["name"]
-            text = f"weights of {name} from {'the timm hub' if weights == 'hub' else Path(weights).name}"
-            found += [text] if text not in found else []
-    return found
+def supervision(work: Path, record: Mapping[str, Any]) -> list[str]:
+    """What the finished stages of a run learnt from: image tags, what the recipe or a network names, weights."""
+    found = ["image tags", *record.get("supervision", ())]  # a record of an earlier version has none
+    for stage in record["stages"].values():
+        net = _manifest(work / stage["folder"]).get("settings", {}).get("net")
+        if net is None:
+            continue
+        if net["name"] in BASELINES:
+            found += [f"{side} maps" for side in sorted(BASELINES[net["name"]].needs)]
+        if weights := net["backbone"]["weights"]:
+            origin = "the timm hub" if weights == "hub" else Path(weights).name
+            found.append(f"weights of {net['backbone']['name']} from {origin}")
+    return list(dict.fromkeys(found))
 
 
 def _gallery(

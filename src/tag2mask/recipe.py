@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from tag2mask.data.scenes import Scenes
 from tag2mask.data.source import CheckedSource
 from tag2mask.data.voc12 import Voc12
 from tag2mask.errors import UserError
+from tag2mask.papers import Paper, read_paper, read_supervision
 from tag2mask.pipeline import Stage
 from tag2mask.schema import Settings
 from tag2mask.stages import STAGES
 
 SOURCES = {"scenes": Scenes, "folder": Folder, "voc12": Voc12, "coco14": Coco14}
-TOP = ("title", "data", "stages")
+TOP = ("title", "paper", "supervision", "data", "stages")
 WORDS = "a number, yes, no, on or off"  # what YAML does not read as a word
 
 
@@ -31,13 +32,16 @@ WORDS = "a number, yes, no, on or off"  # what YAML does not read as a word
 class Recipe:
     """A checked recipe: every default filled in, every name known, every input an earlier stage.
 
-    stages: name -> {"do": kind, **settings}, in order.
+    stages: name -> {"do": kind, **settings}, in order. paper: the rows of a paper's tables that it gives.
+    supervision: what it learns from beyond image tags and the weights of its networks. Neither changes a stage.
     """
 
     name: str
     title: str
     data: Settings
     stages: dict[str, Settings]
+    paper: Paper | None = None
+    supervision: tuple[str, ...] = ()
 
     def source(self) -> CheckedSource:
         """The data set; cheap, nothing is decoded. Raises UserError for what can be seen at a glance."""
@@ -64,7 +68,12 @@ class Recipe:
 
     def as_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that can be run again."""
-        return yaml.safe_dump({"title": self.title, "data": self.data, "stages": _lists(self.stages)}, sort_keys=False)
+        head: dict[str, Any] = {"title": self.title}
+        if self.paper:
+            head["paper"] = asdict(self.paper)
+        if self.supervision:
+            head["supervision"] = list(self.supervision)
+        return yaml.safe_dump(head | {"data": self.data, "stages": _lists(self.stages)}, sort_keys=False)
 
 
 def input_names(kind: str) -> list[str]:
@@ -74,9 +83,13 @@ def input_names(kind: str) -> list[str]:
 
 def built_in() -> dict[str, str]:
     """Recipes that come with the package: name -> title."""
-    folder = package_files("tag2mask") / "recipes"
-    found = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    return {name.removesuffix(".yaml"): str(_parse((folder / name).read_text(), name)["title"]) for name in found}
+    return {name: str(_parse(_text(name)[1], name)["title"]) for name in names()}
+
+
+def names() -> list[str]:
+    """The names of the recipes that come with the package, in order; none of them is read."""
+    found = (entry.name for entry in (package_files("tag2mask") / "recipes").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
 
 
 def load_text(name: str) -> str:
@@ -84,10 +97,14 @@ def load_text(name: str) -> str:
     return _text(name)[1]
 
 
+def written(which: str | Path) -> dict[str, Any]:
+    """A recipe as written, unchecked but for being a mapping."""
+    return _parse(_text(which)[1], str(which))
+
+
 def written_stages(which: str | Path) -> dict[str, Settings]:
     """The stages of a recipe as written, unchecked; those that are no mapping are left out (`load` reports them)."""
-    name, text = _text(which)
-    stages = _mapping(_parse(text, str(which)).get("stages"), f"{name}: stages")
+    stages = _mapping(written(which).get("stages"), f"{_text(which)[0]}: stages")
     return {stage: given for stage, given in stages.items() if isinstance(given, dict)}
 
 
@@ -100,7 +117,8 @@ def load(which: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = override(_parse(text, str(which)), overrides)
     for key in tree:
         if key not in TOP:
-            raise UserError(f"{name}: {key}: unknown; a recipe has title, data and stages")
+            there = "a recipe has title, data and stages, it may have paper and supervision"
+            raise UserError(f"{name}: {key}: unknown; {there}")
     faults: list[str] = []
     data = tree.get("data") or {}
     source = data.get("name") if isinstance(data, dict) else None
@@ -117,9 +135,11 @@ def load(which: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         stages[stage] = _stage(stage, given, stages, faults)
     if not stages:
         faults.append("stages: missing; a recipe needs at least one stage")
+    paper = read_paper(tree.get("paper"), stages, faults)
+    supervision = read_supervision(tree.get("supervision"), faults)
     if faults:
         raise UserError("\n".join(faults))
-    return Recipe(name, str(tree.get("title", name)), data, stages)
+    return Recipe(name, str(tree.get("title", name)), data, stages, paper, supervision)
 
 
 def override(tree: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -186,9 +206,10 @@ def _text(which: str | Path) -> tuple[str, str]:
             return path.stem, path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
-    known = built_in()
+    known = names()
     if str(which) not in known:
-        raise UserError(f"no recipe {str(which)!r}; {schema.meant(str(which), known)}, or give a path ending in .yaml")
+        close = schema.meant(str(which), dict.fromkeys(known))
+        raise UserError(f"no recipe {str(which)!r}; {close}, or give a path ending in .yaml")
     return str(which), (package_files("tag2mask") / "recipes" / f"{which}.yaml").read_text(encoding="utf-8")
 
 

@@ -108,6 +108,7 @@ def remember(prepared: Run) -> None:
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "data": prepared.recipe.data,
+            "supervision": list(prepared.recipe.supervision),
             "summary": prepared.source.summary(),
             "stages": {
                 stage.name: {

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tag2mask import collect, schema
+from tag2mask import collect, progress, schema
 from tag2mask import recipe as recipes
 from tag2mask.baselines import BASELINES
 from tag2mask.errors import UserError
@@ -21,9 +21,12 @@ from tag2mask.refine import AFFINITY_NETS, BOUNDARY_NETS
 from tag2mask.runner import Run
 from tag2mask.segment import SEGMENTERS
 from tag2mask.stages import STAGES
+from tag2mask.stages.cost import Cost, cost_of, typical_size
 from tag2mask.stages.labels import MASKS
 
 Row = Mapping[str, Any]
+NUMBERS = ("%", "paper %", "ours %", "seconds", "result", "iou", "precision", "recall")
+RIGHT = (*NUMBERS, "GPU", "CPU", "disk")  # columns that stand to the right
 
 
 def outcome(run: Run, report: Path) -> dict[str, Any]:
@@ -31,6 +34,7 @@ def outcome(run: Run, report: Path) -> dict[str, Any]:
     record = collect.find_record(run.work, run.recipe.name)
     return {
         "results": collect.results(run.work, record),
+        "supervision": collect.supervision(run.work, record),
         "masks": [str(folder / "masks") for kind in MASKS for folder in run.folders(kind)],
         "models": [str(folder) for folder in run.folders("segment")],
         "report": str(report),
@@ -40,6 +44,7 @@ def outcome(run: Run, report: Path) -> dict[str, Any]:
 def outcome_text(found: Mapping[str, Any]) -> str:
     """The result table and the paths, for people."""
     lines = [rows([_result_row(result) for result in found["results"]])]
+    lines += [f"learnt from {', '.join(found['supervision'])}"]
     lines += [f"masks   {path}" for path in found["masks"]]
     lines += [f"model   {path}" for path in found["models"]]
     return "\n".join([*lines, f"report  {found['report']}"])
@@ -58,6 +63,55 @@ def _result_row(result: Row) -> Row:
     shown = "-" if value is None else f"{100 * value:.1f}"
     where = f"{result['split']}, {result['images']} images"
     return {"stage": result["stage"], "measured": measured, "of": result["of"], "%": shown, "on": where, "note": note}
+
+
+def planned(run: Run, *, tflops: float | None) -> list[Row]:
+    """Every stage of a prepared run, and what is to do will take if a GPU does `tflops` 1e12 operations a second.
+
+    Seconds on the GPU, of other work on one core, and bytes that stay; nothing of it if `tflops` is None.
+    """
+    found: list[Row] = [
+        {"stage": s.name, "do": s.kind, "state": s.state(run.work), "folder": s.folder(run.work).name}
+        for s in run.stages
+    ]
+    if tflops is None:
+        return found
+    progress.say("counting what the networks compute")
+    size = typical_size(run.source)
+    steps = zip(run.stages, found, strict=True)
+    costs = [Cost() if row["state"] == "done" else cost_of(stage, run.source, size) for stage, row in steps]
+    return [
+        {**row, "gpu_seconds": c.flops / tflops / 1e12, "cpu_seconds": c.cpu_seconds, "bytes": c.disk}
+        for row, c in zip(found, costs, strict=True)
+    ]
+
+
+def plan_text(stages: Sequence[Row], tflops: float) -> str:
+    """`planned` as text."""
+    if "bytes" not in stages[0]:
+        return rows(stages)
+    columns = {"GPU": ("gpu_seconds", _duration), "CPU": ("cpu_seconds", _duration), "disk": ("bytes", _size)}
+    table = []
+    for row in [*stages, _sum(stages)]:
+        plain = {key: row[key] for key in ("stage", "do", "state", "folder")}
+        table.append(plain | {title: show(row[key]) for title, (key, show) in columns.items()})
+    return f"{rows(table)}\nGPU: networks at {tflops:g} TFLOP/s (--tflops); CPU: other work, on one core. Estimates."
+
+
+def _sum(stages: Sequence[Row]) -> Row:
+    names = ("gpu_seconds", "cpu_seconds", "bytes")
+    return {"stage": "together", "do": "", "state": "", "folder": ""} | {n: sum(s[n] for s in stages) for n in names}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 0.5:
+        return "-"
+    unit, name = next((u, n) for u, n in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= u or u == 1)
+    return f"{seconds / unit:.{1 if unit > 1 else 0}f} {name}"
+
+
+def _size(count: float) -> str:
+    return "-" if count < 1 else f"{count / 2**20:.1f} MB" if count < 2**30 else f"{count / 2**30:.1f} GB"
 
 
 def status(work: Path, name: str | None) -> list[Row]:
@@ -156,18 +210,16 @@ def sections(there: Mapping[str, Mapping[str, str]]) -> str:
     ).rstrip()
 
 
-def rows(table: Sequence[Row]) -> str:
-    """A table with the keys of the first row as its head."""
+def rows(table: Sequence[Row], *, width: int = 200) -> str:
+    """A table with the keys of the first row as its head; what is wider than `width` characters is wrapped."""
     if not table:
         return "nothing"
     drawn = Table(box=None, header_style="bold", pad_edge=False)
     for key in table[0]:
-        drawn.add_column(
-            key, justify="right" if key in ("%", "seconds", "result", "iou", "precision", "recall") else "left"
-        )
+        drawn.add_column(key, justify="right" if key in RIGHT else "left")
     for row in table:
         drawn.add_row(*("-" if value is None else str(value) for value in row.values()))
-    console = Console(file=StringIO(), width=200, highlight=False, markup=False)
+    console = Console(file=StringIO(), width=width, highlight=False, markup=False)
     console.print(drawn)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in printed.splitlines())

@@ -167,8 +167,16 @@ def test_status_plan_and_report_of_a_run(demo, tag2mask):
 
 
 def test_plan_runs_nothing(tmp_path, tag2mask):
-    rows = json.loads(tag2mask("plan", "demo", "--work", tmp_path, "--json").out)
+    words = ["plan", "demo", "--work", tmp_path, "-s", "classify.train.epochs=1000"]
+    rows = json.loads(tag2mask(*words, "--json").out)
     assert {row["state"] for row in rows} == {"to do"} and not [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert rows[0]["gpu_seconds"] > rows[6]["gpu_seconds"] > 0 and rows[4]["cpu_seconds"] > 0 and rows[0]["bytes"] > 1e6
+    slow = json.loads(tag2mask(*words, "--json", "--tflops", "1.5").out)
+    assert slow[0]["gpu_seconds"] == pytest.approx(10 * rows[0]["gpu_seconds"])
+    text = tag2mask(*words).out.splitlines()
+    assert text[0].split()[-3:] == ["GPU", "CPU", "disk"] and "together" in text[-2] and "15 TFLOP/s" in text[-1]
+    plain = tag2mask(*words, "--no-cost").out.splitlines()
+    assert len(plain) == 1 + len(rows) and plain[0].split()[-1] == "folder"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,9 @@ import pytest
 import tag2mask
 from tag2mask import api
 from tag2mask.errors import UserError
+from tag2mask.recipe import load
+
+NET, TRAIN = "{name: cam, backbone: {name: resnet18}}", "{epochs: 1}"
 
 
 @pytest.mark.parametrize("name", tag2mask.__all__)
@@ -29,6 +32,19 @@ def test_any_folder_name_reaches_the_data(tmp_path, path):
     assert recipe.data["tags"] == path + ".csv"
     assert recipe.data["classes"] == ["a b", "no", "1"]
     assert recipe.data["masks"] is None
+
+
+def test_a_recipe_on_a_benchmark_works_on_a_folder(tmp_path):
+    """What it says of its own data is dropped; a recipe for folders keeps what it says."""
+    benchmark = load("voc12-ppc-seam", ["data.root=x", "classify.train.seed=3"])
+    recipe = api.folder_recipe(tmp_path, {"tags": "tags.csv"}, ["classify.train.seed=3"], recipe="voc12-ppc-seam")
+    assert (recipe.data["name"], recipe.data["images"], recipe.data["tags"]) == ("folder", str(tmp_path), "tags.csv")
+    assert recipe.stages == benchmark.stages
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        f"data: {{name: folder, classes: [a, b]}}\nstages: {{c: {{do: classify, net: {NET}, train: {TRAIN}}}}}"
+    )
+    assert api.folder_recipe("x", {}, recipe=str(own)).data["classes"] == ["a", "b"]
 
 
 def test_overrides_for_every_network_of_a_recipe():

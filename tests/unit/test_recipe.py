@@ -11,6 +11,8 @@ from tag2mask.stages import STAGES
 
 KINDS = ", ".join(sorted(STAGES))
 SOURCES_THERE = "there is scenes, folder, voc12, coco14"
+TITLES = built_in()
+PLACES = {"scenes": [], "folder": ["data.images"], "voc12": ["data.root"], "coco14": ["data.root"]}
 
 SMALL = """
 title: A small one
@@ -42,13 +44,17 @@ def faults(path, *overrides):
     return str(caught.value).splitlines()
 
 
+def placed(name, where):
+    """The overrides that say where the data of a built-in recipe lies."""
+    return [f"{key}={where}" for key in PLACES[yaml.safe_load(load_text(name))["data"]["name"]]]
+
+
 class TestBuiltIn:
-    @pytest.mark.parametrize("name", built_in())
+    @pytest.mark.parametrize("name", TITLES)
     def test_every_recipe_is_sound_and_can_be_planned(self, name):
-        images = ["data.images=somewhere"] if load_text(name).count("name: folder") else []
-        recipe = load(name, images)
+        recipe = load(name, placed(name, "somewhere"))
         assert recipe.name == name
-        assert recipe.title == built_in()[name]
+        assert recipe.title == TITLES[name]
         stages = recipe.plan("data")
         assert len({stage.key for stage in stages}) == len(stages)
         json.dumps([stage.settings for stage in stages])
@@ -247,10 +253,9 @@ class TestAsYaml:
         assert again == recipe
         assert [stage.key for stage in again.plan("d")] == [stage.key for stage in recipe.plan("d")]
 
-    @pytest.mark.parametrize("name", built_in())
+    @pytest.mark.parametrize("name", TITLES)
     def test_of_every_built_in_recipe(self, name, write):
-        images = ["data.images='Füchse: alle'"] if load_text(name).count("name: folder") else []
-        recipe = load(name, images)
+        recipe = load(name, placed(name, "'Füchse: alle'"))
         again = load(write(recipe.as_yaml(), name=f"{name}.yaml"))
         assert again == recipe
 

@@ -11,11 +11,13 @@ from torch import nn
 
 from tag2mask import schema
 from tag2mask.core import Batch, Progress
+from tag2mask.data.augment import normalise, pixels_of
 from tag2mask.data.images import read_mask
 from tag2mask.engine import Devices
 from tag2mask.engine.training import Training, make_optimizer
 from tag2mask.errors import UserError
 from tag2mask.pipeline import Stage, write_json
+from tag2mask.refine.crf import PRESETS, DenseCRF
 from tag2mask.segment import SEGMENTERS, DeepLab, SegmentObjective, deeplab, predict
 from tag2mask.segment.heads import ASPPConcat, ASPPSum, LargeFOV
 from tag2mask.stages.classify import MODEL, WEIGHTS, save_weights
@@ -424,3 +426,33 @@ def test_masks_are_written_once(tmp_path):
         True,
     ]
     assert all(np.array_equal(read_mask(path, 2), mask) for path, mask in zip(outputs, masks, strict=True))
+
+
+@pytest.mark.parametrize("preset", ["deeplab", "irn"])
+def test_masks_by_a_crf_over_the_probabilities(tmp_path, preset):
+    devices, size = Devices("cpu"), (30, 42)
+    pixels = [np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8) for i in range(3)]
+    model = Segmenter(network(classes=3).eval(), ("a", "b", "c"), [1.0, 1.5], flip=True)
+    outputs = {crf: [tmp_path / f"{crf}/{i}.png" for i in range(3)] for crf in (None, preset)}
+    for crf, paths in outputs.items():
+        predict_masks(model, pixels.__getitem__, paths, devices, workers=0, batch=2, crf=crf)
+    changed = 0
+    for index, image in enumerate(pixels):
+        images = normalise(torch.from_numpy(image).permute(2, 0, 1))[None]
+        found = predict(model.net, images, scales=model.scales, flip=True)[0].numpy()
+        plain, refined = (read_mask(outputs[crf][index], 3) for crf in (None, preset))
+        assert np.array_equal(plain, found.argmax(axis=0))
+        expected = dense(image, found, preset)
+        best = np.sort(expected, axis=0)
+        assert np.array_equal(refined[best[-1] - best[-2] > 1e-4], expected.argmax(axis=0)[best[-1] - best[-2] > 1e-4])
+        changed += (refined != plain).sum()
+    assert changed > 0
+
+
+def dense(image, scores, preset):
+    return DenseCRF(image, **PRESETS[preset], backend="torch")(scores)
+
+
+def test_normalised_pixels_come_back():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(3, 16, 16)[None]
+    assert torch.equal(pixels_of(normalise(pixels)), pixels.permute(0, 2, 3, 1).float())

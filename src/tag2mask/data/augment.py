@@ -154,6 +154,12 @@ def normalise(image: Tensor) -> Tensor:
     return scaled
 
 
+def pixels_of(images: Tensor) -> Tensor:
+    """What `normalise` was given, of a batch [B 3 H W]: float32 [B H W 3], whole numbers in 0..255."""
+    scale, shift = (torch.tensor(x, device=images.device)[:, None, None] for x in (STD, MEAN))
+    return ((images * scale + shift) * 255).round().clamp(0, 255).movedim(1, -1).contiguous()
+
+
 def collate(samples: list[Sample]) -> Batch:
     """Samples of one size -> a batch."""
     targets = [s.target for s in samples if s.target is not None]

@@ -213,6 +213,16 @@ class CPAL(Method):
         pacam = torch.where(part, pacam, F.pad(maps, (0, 0, 0, 0, self.ground, 0)))[:, self.ground :]
         return {"pacam": pacam, "cam": maps, "sum": maps + pacam}[self.export]
 
+    @torch.no_grad()
+    def explain(self, out: CamOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """What `cams` compares: z [B D h w], delta as added to it [C D], and w of every context prototype [B C N_p]."""
+        valid = torch.ones_like(out.cams[:, :1])
+        maps, z = self._maps(out, valid), self.project(out.features, _size(out))
+        anchors, _ = self._anchors(z, maps, torch.ones_like(out.logits), valid)
+        shift = self._shift(self.average.rows, self.average.known)
+        weights = self._positiveness(anchors + shift if self.shift_anchors else anchors)
+        return z, shift * self.shift_features, weights
+
     def _maps(self, out: CamOutput, valid: Tensor) -> Tensor:
         """M_n (eq. 3), [B K h w]; valid [B 1 h w] of 0/1."""
         cams = out.cams
@@ -250,7 +260,11 @@ class CPAL(Method):
 
     @torch.no_grad()
     def _aware(self, anchors: Tensor) -> Tensor:
-        """sum_i w_i p_i / |p_i| over the soft positive neighbours (eq. 6, 7) of anchors [B C D], w summing to 1."""
+        """sum_i w_i p_i / |p_i| over the soft positive neighbours of anchors [B C D]."""
+        return torch.einsum("bcn,cnd->bcd", self._positiveness(anchors), F.normalize(self.contexts, dim=2))
+
+    def _positiveness(self, anchors: Tensor) -> Tensor:
+        """w_i (eq. 6, 7) for anchors [B C D]: [B C N_p], zero for all but the neighbours, summing to 1."""
         there = self.found[None]
         units = F.normalize(self.contexts, dim=2)
         cosine = torch.einsum("bcd,cnd->bcn", F.normalize(anchors, dim=2), units)
@@ -266,8 +280,7 @@ class CPAL(Method):
         order = score.masked_fill(~there, -torch.inf).argsort(dim=2, descending=True, stable=True)
         kept = torch.zeros_like(score).scatter(2, order[..., : self.neighbours], 1) * there
         logits = logits if self.weighted else torch.zeros_like(logits)
-        weights = logits.masked_fill(kept == 0, EXCLUDED).softmax(dim=2)  # is the softmax over all, over its kept sum
-        return torch.einsum("bcn,cnd->bcd", weights, units)
+        return logits.masked_fill(kept == 0, EXCLUDED).softmax(dim=2)  # is the softmax over all, over its kept sum
 
     def _pacam(self, z: Tensor, anchors: Tensor, exist: Tensor, shift: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """M~ (eq. 13), [B C h w], and which of them there are, bool [B C 1 1]: zero elsewhere."""

@@ -33,7 +33,7 @@ Where the paper leaves something open:
   shrinks them (`crf_size` goes that way). The usual kernel widths are in pixels of that grid.
 - The momentum prototypes are compared as they are (12), by cosine in (8).
 
-Where the released code differs (it exists for EPS only; recipe `paper-hsc-eps-released`):
+Where the released code differs (it exists for EPS only; recipe `voc12-hsc-eps-released`):
 
     argument           paper       code         what it does
     csc_weight         0.1         0.05         the code takes the mean of the four terms of both views

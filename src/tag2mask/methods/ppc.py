@@ -27,7 +27,7 @@ Where the paper leaves something open:
 - The second view is resized, and the maps of the first brought to its grid, with corners aligned, as SEAM does.
 - "choose 50%" is read as at random (as in Wang et al. 2021, which the paper follows here), and as 50% of the 60%.
 
-Where the released code differs (recipes `paper-ppc-*-released`):
+Where the released code differs (recipes `voc12-ppc-*-released`):
 
     argument            paper         code                what it does
     alpha, beta         0.1           0.05                the code averages over the views, the paper adds them up

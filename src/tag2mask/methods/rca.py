@@ -35,7 +35,7 @@ Where the paper leaves something open:
   the sum of the 2 images of each GPU. tau = 0.07 is the released one; the paper has none.
 - Padding is in no region. Of several views only the full one has regions; all have F'.
 
-Where the released code differs (VGG16 and OAA on VOC only; recipe `paper-rca-oaa-released`):
+Where the released code differs (VGG16 and OAA on VOC only; recipe `voc12-rca-oaa-released`):
 
     argument          paper       code          what it does
     aggregation       scaled      released      learned q, k, v, no softmax, [F, F'] projected to D channels again
@@ -70,6 +70,8 @@ from tag2mask.ops.kmeans import kmeans
 from tag2mask.ops.memory import Memory
 from tag2mask.ops.regions import Bank, Regions, at, gathered, highest, masked_pool, nce, partners
 from tag2mask.ops.seed import seed_of
+
+LOWEST = 0.025  # temperature at which e^(cosine / temperature) spans what float32 can hold
 
 
 class RCA(Method):
@@ -124,8 +126,8 @@ class RCA(Method):
         images: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()
-        if temperature <= 0 or not 0 <= momentum < 1:
-            raise UserError("rca: temperature must be above 0, momentum in 0..1, below 1")
+        if temperature < LOWEST or not 0 <= momentum < 1:
+            raise UserError(f"rca: temperature must be at least {LOWEST}, momentum in 0..1, below 1")
         if min(clusters, mix, width, 1 if capacity is None else capacity) < 1:
             raise UserError("rca: clusters, mix, width and capacity must be at least 1")
         if exclude_own and capacity is not None:
@@ -233,7 +235,8 @@ class RCA(Method):
         vectors, classes, slots = regions.vectors.flatten(0, 1), regions.classes.flatten(), regions.slots.flatten()
         mixed = omega[:, None] * vectors + (1 - omega)[:, None] * vectors[partner]
         logits = bank.similarities(mixed, self.temperature)
-        own, other = (nce(logits, classes[i], bank, self.denominator, slots[i]) for i in (slice(None), partner))
+        both = torch.stack([torch.arange(len(partner), device=partner.device), partner])
+        own, other = nce(logits, classes[both], bank, self.denominator, slots[both])
         losses = (omega * own + (1 - omega) * other).view(held.shape)
 
         images = torch.where(held, losses, 0).sum(dim=1) / held.sum(dim=1).clamp(min=1)

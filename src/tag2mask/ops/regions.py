@@ -99,26 +99,35 @@ class Bank:
 def nce(
     logits: Tensor, targets: Tensor, bank: Bank, denominator: Literal["negatives", "all", "balanced"], own: Tensor
 ) -> Tensor:
-    """The mean of -log( e^positive / denominator ) over the entries of the target class (RCA, eq. 4): [R].
+    """The mean of -log( e^positive / denominator ) over the entries of the target class (RCA, eq. 4): [T R].
 
-    logits [R S]: similarities to the bank. targets [R]: classes. denominator: "negatives" is the one
-    positive and all entries of other classes, "all" is all entries (Khosla et al. 2020), "balanced" is as "negatives",
-    but every class counts as if it had the same number of entries. own [R]: a slot that is no positive, or -1. With no
-    positive the value is 0.
+    logits [R S]: similarities to the bank, in -40..40. targets [T R]: T classes for every region.
+    denominator: "negatives" is the one positive and all entries of other classes, "all" is all entries (Khosla et al.
+    2020), "balanced" is as "negatives", but every class counts as if it had the same number of entries. own [T R]: a
+    slot that is no positive, or -1. With no positive the value is 0.
     """
     positive = bank.positives(targets, own)
-    near = logits.gather(1, bank.slots[targets])
+    near = logits.expand(len(targets), -1, -1).gather(2, bank.slots[targets])
     if denominator == "all":
-        counted = bank.valid & (torch.arange(logits.shape[1], device=own.device) != own[:, None])
-        losses = logits.masked_fill(~counted, EXCLUDED).logsumexp(dim=1, keepdim=True) - near
+        counted = bank.valid & (torch.arange(logits.shape[1], device=own.device) != own[..., None])
+        losses = logits.masked_fill(~counted, EXCLUDED).logsumexp(dim=2, keepdim=True) - near
     else:
-        # Adding to the logits what each class leaves out is faster than masks, which are as large as the logits.
-        share = torch.zeros_like(bank.lengths)
-        if denominator == "balanced":
-            sizes = bank.there.sum(dim=1).to(logits.dtype)
-            mean = sizes.sum() / (sizes > 0).sum().clamp(min=1)
-            share = (mean.clamp(min=1) / sizes.clamp(min=1)).log()[bank.class_of]
-        others = bank.valid & (bank.class_of != torch.arange(len(bank.slots), device=own.device)[:, None])
-        far = (logits + torch.where(others, share, EXCLUDED)[targets]).logsumexp(dim=1, keepdim=True)
-        losses = F.softplus(far - near, threshold=40)
-    return torch.where(positive, losses, 0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
+        far = _log_of_others(logits, bank, balanced=denominator == "balanced").expand(len(targets), -1, -1)
+        losses = F.softplus(far.gather(2, targets[..., None]) - near, threshold=40)
+    return torch.where(positive, losses, 0).sum(dim=2) / positive.sum(dim=2).clamp(min=1)
+
+
+def _log_of_others(logits: Tensor, bank: Bank, *, balanced: bool) -> Tensor:
+    """log of the sum of e^logit over the entries of all classes but k, for every class k: [R S] -> [R K].
+
+    One pass over the logits serves all classes: sums for each class first, then those of the others.
+    """
+    classes = torch.arange(len(bank.slots), device=logits.device)
+    members = ((bank.class_of[:, None] == classes) & bank.valid[:, None]).to(logits.dtype)
+    share = members.new_ones(len(classes))
+    if balanced:
+        sizes = bank.there.sum(dim=1).to(logits.dtype)
+        share = sizes.sum() / (sizes > 0).sum().clamp(min=1) / sizes.clamp(min=1)
+    others = share[:, None] * (classes[:, None] != classes)
+    sums = logits.exp() @ members @ others
+    return torch.where(sums > 0, sums.clamp(min=torch.finfo(sums.dtype).tiny).log(), EXCLUDED)

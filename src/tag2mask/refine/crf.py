@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -178,7 +179,7 @@ def dense_crf(
     """Marginals [B L H W] of a batch of images [B H W C] in 0..255 and energies [B L H W], on their device.
 
     counts [B L]: see `DenseCRF.from_unary`; 0 is a label that this image does not have. On a GPU the whole batch goes
-    through together; on the CPU numba, if there is one, does one image after the other.
+    through together; on the CPU numba, if there is one, does one image per thread of torch's.
     Raises UserError for sizes that differ.
     """
     _check(gaussian, bilateral)
@@ -190,11 +191,14 @@ def dense_crf(
     if counts is not None and counts.shape != unary.shape[:2]:
         raise UserError(f"crf: counts {list(counts.shape)} must be [B labels] = {list(unary.shape[:2])}")
     if unary.device.type == "cpu" and _uses_numba(backend):
-        found = []
-        for index in range(len(images)):
+
+        def one(index: int) -> Tensor:
             crf = DenseCRF(images[index].numpy(), gaussian=gaussian, bilateral=bilateral, backend="numba")
             own = None if counts is None else counts[index].tolist()
-            found.append(torch.from_numpy(crf.from_unary(unary[index].numpy(), steps=steps, counts=own)))
+            return torch.from_numpy(crf.from_unary(unary[index].numpy(), steps=steps, counts=own))
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = list(pool.map(one, range(len(images))))
         return torch.stack(found) if found else torch.empty_like(unary)
     if not bool(unary.isfinite().all()) or not bool(images.isfinite().all()):
         raise UserError("crf: images or unary hold NaN or infinite values; correct what made them")

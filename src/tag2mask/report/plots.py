@@ -124,7 +124,7 @@ def _threshold_plot(tried: Sequence[Result], title: str) -> ThresholdPlot:
         top=top,
         bottom=bottom,
         lines=lines,
-        x_ticks=[Tick(x(v), f"{v:.1f}") for v in _nice_ticks(points[0][0], points[-1][0], 6)],
+        x_ticks=[Tick(x(v), f"{v:.1f}") for v in nice_ticks(points[0][0], points[-1][0], 6)],
         y_ticks=[Tick(y(v / 100), str(v)) for v in range(0, 101, 20)],
         x_label="background threshold",
         marks=[
@@ -194,7 +194,7 @@ def _training_plot(rows: Sequence[Mapping[str, Any]], name: str) -> Plot | None:
         bottom=bottom,
         lines=lines,
         x_ticks=[Tick(x(v), number(v)) for v in (points[0][0], points[-1][0])],
-        y_ticks=[Tick(y(v), number(v)) for v in _nice_ticks(low, high, 4)],
+        y_ticks=[Tick(y(v), number(v)) for v in nice_ticks(low, high, 4)],
     )
 
 
@@ -222,7 +222,7 @@ def _path(points: list[tuple[float, float]], x: _Scale, y: _Scale) -> str:
     return "M" + " L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in kept) if kept else ""
 
 
-def _nice_ticks(low: float, high: float, about: int) -> list[float]:
+def nice_ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) within low..high."""
     if high <= low:
         return [low]

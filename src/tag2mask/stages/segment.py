@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tag2mask.data.augment import Augment, Crops, collate
+from tag2mask.data.augment import Augment, Crops, collate, pixels_of
 from tag2mask.data.images import read_mask
 from tag2mask.data.source import Mask, Source, Split
 from tag2mask.engine import Devices, Training, fit
@@ -21,12 +21,16 @@ from tag2mask.errors import UserError
 from tag2mask.export import write_mask
 from tag2mask.ops.seed import seed_of
 from tag2mask.pipeline import Stage, read_json, write_json
+from tag2mask.refine.crf import PRESETS, dense_crf
 from tag2mask.schema import Input, OneOf, Settings, make
 from tag2mask.segment import SEGMENTERS, DeepLab, SegmentObjective
 from tag2mask.segment import predict as probabilities
 from tag2mask.stages.classify import MODEL, WEIGHTS, save_weights, without_weights
 from tag2mask.stages.context import BatchSize, Context, Scales, images_to_do
+from tag2mask.stages.crf import Preset
 from tag2mask.stages.labels import MASKS, mask_path
+
+LEAST = 1e-5  # what a probability counts at least in a CRF
 
 
 def segment(
@@ -72,15 +76,22 @@ def check_segmenter(source: Source, stage: Stage) -> None:
 
 
 def predict(
-    ctx: Context, *, of: Annotated[Path, Input(("segment",))], split: Split = "test", batch: BatchSize = 4
+    ctx: Context,
+    *,
+    of: Annotated[Path, Input(("segment",))],
+    split: Split = "test",
+    crf: Preset | None = None,
+    batch: BatchSize = 4,
 ) -> None:
     """Masks of one split by the segmenter; tags are not used.
 
-    of: the segmenter. split: train, score or test. batch: images of the same size that go through together.
+    of: the segmenter. split: train, score or test. crf: the preset of a dense CRF that goes over its probabilities; the
+    field takes "deeplab". batch: images of the same size that go through together.
     """
     samples = ctx.source.split(split)
     outputs = [mask_path(ctx.out, name) for name in samples.names]
-    predict_masks(load_segmenter(of), samples.image, outputs, ctx.devices, workers=ctx.workers, batch=batch)
+    model = load_segmenter(of)
+    predict_masks(model, samples.image, outputs, ctx.devices, workers=ctx.workers, batch=batch, crf=crf)
 
 
 class Segmenter:
@@ -110,12 +121,15 @@ def predict_masks(
     *,
     workers: int,
     batch: int,
+    crf: Preset | None = None,
 ) -> None:
-    """Write the mask of every image that has none yet."""
+    """Write the mask of every image that has none yet; crf: see `predict`."""
     model.net.to(devices.device)
     for indices, images in images_to_do("predict", image, outputs, devices, workers=workers, batch=batch):
-        masks = probabilities(model.net, images, scales=model.scales, flip=model.flip).argmax(dim=1)
-        for index, mask in zip(indices, masks.to(torch.uint8).cpu().numpy(), strict=True):
+        scores = probabilities(model.net, images, scales=model.scales, flip=model.flip)
+        if crf is not None:
+            scores = dense_crf(pixels_of(images), -scores.clamp(min=LEAST).log(), **PRESETS[crf])
+        for index, mask in zip(indices, scores.argmax(dim=1).to(torch.uint8).cpu().numpy(), strict=True):
             write_mask(outputs[index], mask)
 
 
