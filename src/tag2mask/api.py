@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 
 from tag2mask import collect, progress, runner
+from tag2mask.backbones import patch_of
 from tag2mask.data.images import ENDINGS, read_image, read_mask
 from tag2mask.data.names import scan
 from tag2mask.engine import Device, Devices
@@ -58,12 +59,17 @@ def folder_recipe(
 def network_overrides(
     recipe: str, *, backbone: str | None = None, weights: str | None = None, epochs: float | None = None
 ) -> list[str]:
-    """Overrides: one backbone, one source of weights ("none": from scratch) for all networks; classifiers' epochs."""
+    """Overrides: one backbone, one source of weights ("none": from scratch) for all networks; classifiers' epochs.
+
+    With a ViT comes its only stride, the width of its patches.
+    """
     stages = written_stages(recipe)
     nets = {name: stage.get("net") for name, stage in stages.items()}
     networks = [name for name, net in nets.items() if isinstance(net, dict) and "backbone" in net]
     classifiers = [name for name, stage in stages.items() if stage.get("do") == "classify"]
     found = [f"{name}.net.backbone.name={json.dumps(backbone)}" for name in networks if backbone is not None]
+    stride = None if backbone is None else patch_of(backbone)
+    found += [f"{name}.net.backbone.output_stride={stride}" for name in networks if stride is not None]
     chosen = None if weights == "none" else weights
     found += [f"{name}.net.backbone.weights={json.dumps(chosen)}" for name in networks if weights is not None]
     return found + [f"{name}.train.epochs={epochs}" for name in classifiers if epochs is not None]

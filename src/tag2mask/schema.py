@@ -18,6 +18,7 @@ Table = Mapping[str, Callable[..., Any]]
 
 # Filled in by whoever builds the component, never by a recipe.
 PROVIDED = frozenset({"self", "ctx", "num_classes"})
+LISTED = 40  # names that fit into a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +153,11 @@ def _component(table: Table, name: Any, settings: Any, path: str, faults: list[s
 
 
 def meant(word: str, known: Mapping[str, Any]) -> str:
-    """ "did you mean temperature?" where something is close, else the list of what there is."""
+    """ "did you mean temperature?" where something is close, else the list of what there is, or who lists it."""
     close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there is {', '.join(sorted(known)) or 'nothing to set'}"
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"there is {', '.join(sorted(known)) or 'nothing to set'}" if len(known) <= LISTED else "see `tag2mask ls`"
 
 
 def make(component: Callable[..., Any], settings: Settings, **provided: Any) -> Any:

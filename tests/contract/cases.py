@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tag2mask import schema
+from tag2mask.backbones.class_tokens import ClassTokenViT
 from tag2mask.baselines import BASELINES
 from tag2mask.core import FULL, Batch, Method, Objective, Progress, View
 from tag2mask.data.augment import Sample, collate
@@ -131,6 +132,10 @@ RCM_BESIDE |= {"background_threshold": 0.1, "mam_mean": "sum", "mam_weight": 0.0
 RCM_BESIDE = {"rcm_mam": RCM["rcm_mam"] | RCM_BESIDE}
 RCM_FIRST = {"methods.rcm_mam.support.prototypes.": "first"}
 RCM_EPS = EPS_LAST | RCM_FIRST | {"methods.rcm_mam.support.net.model.classifier": "last"}
+VIT = {"name": "test_vit", "weights": None, "output_stride": 8}
+MCT = {"backbone": VIT}
+MCT_V1 = MCT | {"maps": "attention", "refine": False}
+MCT_PLUS = MCT | {"maps": "root", "positions": "exact", "repeat": 2, "decay": 0.996, "token": 1.0}
 SHARES = "maps are shares of a softmax, in which every class has a part"
 PAIRS = (
     Pair("cam"),
@@ -147,6 +152,16 @@ PAIRS = (
     Pair("eps", settings=EPS_PCM, background=EPS_LAST, title="eps(pcm)"),
     Pair("eps", {"ppc": {"size": 32}}, EPS_PCM, background=EPS_LAST),
     Pair("eps", {"hsc": {"size": 32, "saliency": True}}, EPS_PCM, background=EPS_LAST | HSC_FIRST),
+    Pair("mctformer", settings=MCT),
+    Pair("mctformer", settings=MCT_V1, title="mctformer(v1)"),
+    Pair("mctformer", settings=MCT_PLUS, title="mctformer(plus)"),
+    Pair("mctformer", CPAL, MCT),
+    Pair("mctformer", CPAL, MCT_PLUS, title="mctformer(plus)+cpal"),
+    Pair("mctformer", PPC, MCT),
+    # With a title these are among the slow ones: the tests above have a method on tokens already.
+    Pair("mctformer", HSC, MCT, background=HSC_FIRST, title="mctformer+hsc"),
+    Pair("mctformer", RCA, MCT, title="mctformer+rca"),
+    Pair("mctformer", RCM, MCT, background=RCM_FIRST, title="mctformer+rcm_mam"),
     Pair("cam", CPAL),
     Pair("seam", CPAL, SEAM),
     Pair("oaa", CPAL, OAA),
@@ -173,6 +188,8 @@ PAIRS = (
     Pair("eps", RCM, EPS_PCM, background=RCM_EPS, leaks=SHARES, title="eps(pcm)+rcm_mam"),
     Pair("cam", RCM | PPC, background=RCM_FIRST),
     Pair("cam", RCM | CPAL, background=RCM_FIRST),
+    Pair("cam", PPC, {"backbone": VIT}, title="cam+ppc(vit)"),
+    Pair("cam", CPAL, {"backbone": VIT}, title="cam+cpal(vit)"),
 )
 
 BROKEN_PAIR = Pair("cam", {"local": {}})
@@ -198,6 +215,8 @@ def build(pair: Pair, *, num_classes: int = CLASSES, bf16: bool = False, seed: i
     )
     for norm in (m for m in objective.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.ones_(norm.weight)  # timm starts residual branches at zero, where nothing in them would train
+    for layer in (b.attn.qkv for m in objective.modules() if isinstance(m, ClassTokenViT) for b in m.blocks):
+        layer.weight.data.mul_(6)  # fresh, all attend to all alike, and rounding is what a stretched map shows
     objective.remember(torch.tensor(TAGS * 2)[:, torch.arange(num_classes) % CLASSES])
     return objective.train()
 

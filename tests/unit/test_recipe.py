@@ -135,7 +135,7 @@ class TestFaults:
             ("train: {steps: 4}", "train: {steps: 4, lr: -1}", "classify.train: lr: -1.0 must be a number from 0"),
             ("train: {steps: 4}", "", "classify.train: missing; give it in the recipe or as -s classify.train=VALUE"),
             ("weights: null", "weights: null, output_stride: 4",
-             "classify.net.backbone.output_stride: should be 8, 16 or 32 (got 4)"),
+             "classify.net.backbone.output_stride: should be 8, 14, 16 or 32 (got 4)"),
             ("train: {steps: 4}", "train: {steps: 4}\n    augment: {crop: 4}",
              "classify.augment: crop must be at least 8 and long must be [smallest, largest], at least 8"),
             ("train: {steps: 4}", "train: {steps: 4}\n    methods: {ppcc: {}}",

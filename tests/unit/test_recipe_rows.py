@@ -16,6 +16,7 @@ ABLATED = {name: found[1] for name in WITH_ROWS if (found := re.match(r"# Ablati
 SCORED = {  # kind of the stage that is scored -> kind of the evaluation, and its split
     "cams": ("evaluate_maps", "score"),
     "attention": ("evaluate_maps", "score"),
+    "amn_maps": ("evaluate_maps", "score"),
     "walk": ("evaluate_maps", "score"),
     "labels": ("evaluate_masks", "score"),
     "crf": ("evaluate_masks", "score"),

@@ -176,6 +176,7 @@ class TestMeant:
         known = {"temperature": 0, "momentum": 0}
         assert meant("temprature", known) == "did you mean temperature?"
         assert meant("x", known) == "there is momentum, temperature"
+        assert meant("x", {f"name-{n}": 0 for n in range(41)}) == "see `tag2mask ls`"
         assert meant("x", {}) == "there is nothing to set"
 
 

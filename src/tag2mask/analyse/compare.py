@@ -23,7 +23,7 @@ from tag2mask.ops.cams import best_class, to_mask
 from tag2mask.pipeline import write_json
 from tag2mask.report import Panel
 
-KINDS = ("cams", "attention")
+KINDS = ("cams", "clip_es", "attention", "amn_maps")
 
 
 def compare(
@@ -31,7 +31,7 @@ def compare(
 ) -> dict[str, Any]:
     """Maps of both runs on the split "score"; writes compare.json and compare.png.
 
-    stage: which maps, by the name of their stage in both recipes; the last cams or attention stage if not given.
+    stage: which maps, by the name of their stage in both recipes; the last stage that makes maps if not given.
     images: rows of the picture. Where both runs have scored their maps (an evaluate_maps stage with truth), an image's
     score is the mean IoU of its seeds at the threshold that the run reports. Then half of the picture are images that
     gain most from the first run to the second, the other half those that lose most; else they are spread evenly.

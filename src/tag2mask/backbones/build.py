@@ -8,6 +8,7 @@ from tag2mask.backbones.resnet38 import ResNet38, torch_names
 from tag2mask.backbones.timm_cnn import TimmCNN
 from tag2mask.backbones.trunk import BackboneSettings, Trunk
 from tag2mask.backbones.vgg16 import VGG16
+from tag2mask.backbones.vit import ViT, is_vit
 from tag2mask.backbones.weights import convert
 from tag2mask.errors import UserError
 
@@ -17,11 +18,13 @@ def build_backbone(settings: BackboneSettings, *, stem: bool = False) -> Trunk:
 
     Raises UserError when the name is unknown, the network cannot have this stride, or the weights cannot be had.
     """
-    own: type[ResNet38] | type[VGG16] | None = None
+    own: type[ResNet38] | type[VGG16] | type[ViT] | None = None
     if settings.name == "resnet38":
         own = ResNet38
     elif settings.name.partition(".")[0] == "vgg16" and settings.output_stride == 8:
         own = VGG16
+    elif is_vit(settings.name):
+        own = ViT
     if own is None:
         return TimmCNN(settings, stem=stem)
     if stem:

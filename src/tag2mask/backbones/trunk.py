@@ -17,15 +17,16 @@ class BackboneSettings:
     """name: of a timm model (`timm.list_models()`), or "resnet38"; "vgg16" with output_stride 8 is the dilated one.
 
     weights: "hub" (timm's own, downloaded once), the path of a .safetensors, .pth or MXNet .params file, or null (from
-    scratch). output_stride: input pixels per feature, 8, 16 or 32. dilate: false drops strides without dilating what
-    follows (IRN). freeze: the level up to which nothing is trained, from "c1", the stem, to "c5"; null means nothing,
-    but "c2" for resnet38 with weights. freeze_norm: what batch norms keep: true all, "statistics" or "affine" (scale
-    and shift) that half, false nothing; null means true if weights are loaded, else false.
+    scratch). output_stride: input pixels per feature, 8, 16 or 32; for a ViT the width of its patches, 14 as well.
+    dilate: false drops strides without dilating what follows (IRN). freeze: the level up to which nothing is trained,
+    from "c1", the stem, to "c5", which is all of a ViT; null means nothing, but "c2" for resnet38 with weights.
+    freeze_norm: what batch norms keep: true all, "statistics" or "affine" (scale and shift) that half, false nothing;
+    null means true if weights are loaded, else false.
     """
 
     name: str
     weights: Annotated[str | None, WeightsFile()] = "hub"
-    output_stride: Literal[8, 16, 32] = 16
+    output_stride: Literal[8, 14, 16, 32] = 16
     dilate: bool = True
     freeze: Literal["nothing", "c1", "c2", "c3", "c4", "c5"] | None = None
     freeze_norm: bool | Literal["statistics", "affine"] | None = None

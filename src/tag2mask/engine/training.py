@@ -18,7 +18,7 @@ class Training:
 
     epochs or steps: how long; give exactly one. batch: global, the same on 1 or 8 devices. lr: of the backbone;
     lr_new multiplies it for everything else (heads), lr_bias for biases and norms, which get no weight decay
-    either. optimizer: sgd (with momentum, Nesterov's if nesterov) or adamw. power: lr falls as
+    either. optimizer: sgd (with momentum, Nesterov's if nesterov), adam or adamw. power: lr falls as
     (1 - step/decay_steps)^power; 0 keeps it constant. decay_steps: null means all steps; after fewer, lr stays at its
     last value. drops: shares of the steps at each of which lr falls to a tenth as well. warmup: share of the steps over
     which lr first rises linearly. clip: largest gradient norm, 0 = no clipping. seed: of initial weights, order and
@@ -32,7 +32,7 @@ class Training:
     lr_new: float = 10.0
     lr_bias: float = 1.0
     weight_decay: float = 5e-4
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: float = 0.9
     nesterov: bool = False
     power: float = 0.9
@@ -99,4 +99,6 @@ def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimize
         return None
     if training.optimizer == "adamw":
         return torch.optim.AdamW(described, lr=training.lr)
+    if training.optimizer == "adam":
+        return torch.optim.Adam(described, lr=training.lr)
     return torch.optim.SGD(described, lr=training.lr, momentum=training.momentum, nesterov=training.nesterov)

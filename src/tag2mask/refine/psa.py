@@ -24,6 +24,8 @@ leaves out; images are not rescaled in training (take `augment.long` as the comm
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -57,7 +59,7 @@ class AffinityNet(nn.Module):
         super().__init__()
         pairs_of((1, 1), radius)  # says what is wrong with the radius
         self.backbone = build_backbone(backbone)
-        self.multiple = backbone.output_stride
+        self.multiple = math.lcm(backbone.output_stride, self.stride)  # taps may have any stride, those of a ViT do
         self.radius, self.border = radius, border
         widths, dims = dict(zip(self.backbone.affinity, WIDTHS, strict=True)), self.backbone.dims
         self.reduce = nn.ModuleDict({tap: nn.Conv2d(dims[tap], width, 1, bias=False) for tap, width in widths.items()})
@@ -70,8 +72,8 @@ class AffinityNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features of every cell, also of those that the image covers in part."""
         height, width = grid_size(images, self.stride)
-        taps = self.backbone(pad_to_multiple(images, self.multiple))
-        size = taps[self.backbone.affinity[0]].shape[-2:]
+        padded = pad_to_multiple(images, self.multiple)
+        taps, size = self.backbone(padded), grid_size(padded, self.stride)
         levels = []
         for tap, conv in self.reduce.items():
             reduced = conv(taps[tap])

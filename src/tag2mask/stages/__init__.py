@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from tag2mask.data.source import Source
 from tag2mask.pipeline import Stage
 from tag2mask.stages.affinity import check_irn, check_psa, irn, psa
+from tag2mask.stages.amn import amn, amn_maps, check_amn
 from tag2mask.stages.attention import attention, check_attention, check_integrate, integrate
 from tag2mask.stages.cams import cams
 from tag2mask.stages.classify import check_classifier, classify
+from tag2mask.stages.clip_es import check_clip_es, clip_es
 from tag2mask.stages.context import Context
 from tag2mask.stages.crf import crf
 from tag2mask.stages.evaluate import check_split, evaluate_classifier, evaluate_maps, evaluate_masks
@@ -36,6 +38,9 @@ STAGES = {
     "attention": StageKind(attention, check_attention),
     "integrate": StageKind(integrate, check_integrate),
     "cams": StageKind(cams),
+    "clip_es": StageKind(clip_es, check_clip_es),
+    "amn": StageKind(amn, check_amn),
+    "amn_maps": StageKind(amn_maps),
     "psa": StageKind(psa, check_psa),
     "irn": StageKind(irn, check_irn),
     "walk": StageKind(walk),

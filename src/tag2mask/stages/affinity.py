@@ -41,7 +41,7 @@ NETS = {**AFFINITY_NETS, **BOUNDARY_NETS}
 def psa(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("cams", "attention"))],
+    of: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps"))],
     net: Annotated[Settings, OneOf(AFFINITY_NETS)],
     train: Training,
     augment: Augment = Augment(),  # noqa: B008  (frozen)
@@ -55,14 +55,18 @@ def psa(
     class where a CRF with background (1 - largest map)^alpha_low says so, surely background where one with alpha_high
     says so (SEAM: 4 and 24). bf16: forward passes in bfloat16.
     """
-    label = partial(affinities.confident_labels, low=alpha_low, high=alpha_high)
-    _train(ctx, "psa", of, net, train, augment, label, partial(affinities.AffinityObjective, bf16=bf16))
+    train_on_sure_labels(
+        ctx, "psa", of, net, train, augment,
+        label=partial(affinities.confident_labels, low=alpha_low, high=alpha_high),
+        build=partial(make, NETS[net["name"]], net),
+        objective=partial(affinities.AffinityObjective, bf16=bf16),
+    )  # fmt: skip
 
 
 def irn(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("cams", "attention"))],
+    of: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps"))],
     net: Annotated[Settings, OneOf(BOUNDARY_NETS)],
     train: Training,
     augment: Augment = Augment(),  # noqa: B008  (frozen)
@@ -77,8 +81,12 @@ def irn(
     the score `background` say so, too. As a rule the best score for seeds lies between them, 0.1 from either.
     bf16: forward passes in bfloat16.
     """
-    label = partial(boundaries.confident_labels, foreground=foreground, background=background)
-    _train(ctx, "irn", of, net, train, augment, label, partial(boundaries.IRNObjective, bf16=bf16))
+    train_on_sure_labels(
+        ctx, "irn", of, net, train, augment,
+        label=partial(boundaries.confident_labels, foreground=foreground, background=background),
+        build=partial(make, NETS[net["name"]], net),
+        objective=partial(boundaries.IRNObjective, bf16=bf16),
+    )  # fmt: skip
 
 
 def check_psa(source: Source, stage: Stage) -> None:
@@ -104,6 +112,11 @@ def load_affinity(folder: Path) -> affinities.AffinityNet | boundaries.IRNet:
     return net.eval()
 
 
+def label_path(folder: Path, name: str) -> Path:
+    """The file of the confident labels of an image."""
+    return folder / "labels" / f"{name}.png"
+
+
 def maps_of(folder: Path, name: str, size: Size) -> Maps:
     """The soft maps of an image of size (H, W). Raises UserError if they are missing, damaged, or of another size."""
     path = map_path(folder, name)
@@ -118,21 +131,27 @@ def maps_of(folder: Path, name: str, size: Size) -> Maps:
     return stored
 
 
-def _train(
+def train_on_sure_labels(
     ctx: Context,
     name: str,
     of: Path,
     settings: Settings,
     train: Training,
     augment: Augment,
+    *,
     label: Labeller,
+    build: Callable[[], nn.Module],
     objective: Callable[[nn.Module], nn.Module],
 ) -> None:
+    """Train what `build` makes of the settings on what is sure in the soft maps `of`, which stays as labels/*.png.
+
+    label: what is sure. objective: of the network.
+    """
     weights = ctx.out / WEIGHTS
     if not weights.exists():
         targets = _label_images(ctx, of, label)
         torch.manual_seed(seed_of(train.seed))
-        net: nn.Module = make(NETS[settings["name"]], settings)
+        net = build()
         target = partial(_confident, targets, len(ctx.source.classes))
         crops = Crops(ctx.source.split("train"), augment, seed=train.seed, target=target)
         fit(
@@ -150,7 +169,7 @@ def _train(
 def _label_images(ctx: Context, of: Path, label: Labeller) -> list[Path]:
     """Write the confident labels of every image that has none yet, images in parallel; all paths."""
     samples = ctx.source.split("train")
-    paths = [ctx.out / "labels" / f"{name}.png" for name in samples.names]
+    paths = [label_path(ctx.out, name) for name in samples.names]
     mine = ctx.devices.share(len(samples))
     missing = [index for index in mine if not paths[index].exists()]
 

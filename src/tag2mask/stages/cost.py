@@ -6,6 +6,7 @@ and no values. What that leaves out (loading images, kernels that wait for memor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tag2mask.backbones.clip import CLIPSettings, load_clip
 from tag2mask.baselines.integral import TARGET, IntegralObjective
 from tag2mask.core import Batch, Objective, Progress
 from tag2mask.data.augment import Augment
@@ -28,6 +30,7 @@ from tag2mask.refine.psa import AffinityNet, AffinityObjective
 from tag2mask.schema import make
 from tag2mask.segment import SEGMENTERS, DeepLab, SegmentObjective
 from tag2mask.segment import predict as probabilities
+from tag2mask.segment.amn import AMN, AMNObjective, shares
 from tag2mask.stages.classify import build_objective, without_weights
 
 MASK_BYTES = 0.03  # of a pixel of an index mask as PNG, measured on photos
@@ -60,7 +63,16 @@ def _integrate(stage: Stage, source: Source, size: Size) -> Cost:
 
 def _affinity(stage: Stage, source: Source, size: Size) -> Cost:
     net = _affinity_net(stage)
-    objective = AffinityObjective(net) if isinstance(net, AffinityNet) else IRNObjective(net)
+    return _on_sure_labels(
+        stage, source, size, AffinityObjective(net) if isinstance(net, AffinityNet) else IRNObjective(net)
+    )
+
+
+def _amn(stage: Stage, source: Source, size: Size) -> Cost:
+    return _on_sure_labels(stage, source, size, AMNObjective(_amn_net(stage, source)))
+
+
+def _on_sure_labels(stage: Stage, source: Source, size: Size, objective: nn.Module) -> Cost:
     trained, images = _training(stage, source, objective), len(source.split("train"))
     labels = images * size[0] * size[1]
     return Cost(trained.flops, 2 * CRF_SECONDS * labels, trained.disk + MASK_BYTES * labels)  # labels of two CRFs
@@ -91,6 +103,13 @@ def _cams(stage: Stage, source: Source, size: Size) -> Cost:
     return Cost(flops=sum(seen) * (1 + flip) * len(samples), disk=_maps_on_disk(source, size))
 
 
+def _amn_maps(stage: Stage, source: Source, size: Size) -> Cost:
+    net, tags = _amn_net(stage.inputs["of"], source).eval(), torch.zeros(1, len(source.classes))
+    scales, flip = stage.settings["scales"], stage.settings["flip"]
+    flops = _flops(lambda x: shares(net, x, tags, scales=scales, flip=flip, size=map_size(size)), size)
+    return Cost(flops=flops * len(source.split("train")), disk=_maps_on_disk(source, size))
+
+
 def _walk(stage: Stage, source: Source, size: Size) -> Cost:
     looks = 1 + (stage.inputs["of"].kind == "irn" and stage.settings["flip"])
     flops = _flops(_affinity_net(stage.inputs["of"]).eval(), size)
@@ -110,13 +129,26 @@ def _masks(stage: Stage, source: Source, size: Size) -> Cost:
     return Cost(cpu_seconds=CRF_SECONDS * pixels if stage.kind == "crf" else 0.0, disk=MASK_BYTES * pixels)
 
 
+def _clip_es(stage: Stage, source: Source, size: Size) -> Cost:
+    """Every block once an image, the last once more and back for each tag."""
+    samples = source.split("train")
+    with torch.device("meta"):  # its sizes are wanted, no weights
+        net = load_clip(CLIPSettings(name=stage.settings["clip"]["name"], weights=None))
+    tokens = 1 + math.prod(net.grid(size, stage.settings["longest"]))
+    block = 24.0 * tokens * net.width**2 + 4.0 * tokens**2 * net.width
+    flops = block * (net.depth * len(samples) + 2 * float(samples.tags.sum()))
+    return Cost(flops=flops, disk=_maps_on_disk(source, size))
+
+
 def _attention(stage: Stage, source: Source, size: Size) -> Cost:
     return Cost(disk=_maps_on_disk(source, size))
 
 
 COSTS: dict[str, Callable[[Stage, Source, Size], Cost]] = {
-    "classify": _classify, "attention": _attention, "integrate": _integrate, "cams": _cams, "psa": _affinity,
-    "irn": _affinity, "walk": _walk, "labels": _masks, "crf": _masks, "segment": _segment, "predict": _predict,
+    "classify": _classify, "attention": _attention, "integrate": _integrate, "cams": _cams, "clip_es": _clip_es,
+    "psa": _affinity,
+    "irn": _affinity, "amn": _amn, "amn_maps": _amn_maps, "walk": _walk, "labels": _masks, "crf": _masks,
+    "segment": _segment, "predict": _predict,
 }  # fmt: skip
 
 
@@ -131,6 +163,11 @@ def _objective(stage: Stage, source: Source) -> Objective:
 def _affinity_net(stage: Stage) -> AffinityNet | IRNet:
     net = without_weights(stage.settings["net"])
     made: AffinityNet | IRNet = make({**AFFINITY_NETS, **BOUNDARY_NETS}[net["name"]], net)
+    return made
+
+
+def _amn_net(stage: Stage, source: Source) -> AMN:
+    made: AMN = make(AMN, without_weights(stage.settings["net"]), num_classes=len(source.classes))
     return made
 
 

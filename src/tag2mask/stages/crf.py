@@ -66,7 +66,7 @@ class Refinement:
 def crf(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("cams", "attention", "walk"))],
+    of: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps", "walk"))],
     background: Background,
     preset: Preset = "psa",
     unary: Unary | None = None,

@@ -79,7 +79,7 @@ class Sweep:
 def evaluate_maps(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("cams", "attention", "walk"))],
+    of: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps", "walk"))],
     split: Split = "score",
     thresholds: Sweep = Sweep(),
 ) -> None:

@@ -43,7 +43,12 @@ class Background:
         return power_background(maps, self.alpha)
 
 
-def labels(ctx: Context, *, of: Annotated[Path, Input(("cams", "attention", "walk"))], background: Background) -> None:
+def labels(
+    ctx: Context,
+    *,
+    of: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps", "walk"))],
+    background: Background,
+) -> None:
     """Pseudo-masks: at every pixel the largest of the background score and the maps of the tagged classes.
 
     of: the soft maps. background: the background score.

@@ -56,7 +56,8 @@ def walk(
     ctx: Context,
     *,
     of: Annotated[Path, Input(("psa", "irn"))],
-    maps: Annotated[Path, Input(("cams", "attention"))],
+    maps: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps"))],
+    power: Positive = 1.0,
     beta: Positive = 10.0,
     steps: Annotated[int, Field(ge=1)] = 256,
     tol: Share = 1e-5,
@@ -67,11 +68,12 @@ def walk(
 ) -> None:
     """Soft maps of every train image after a random walk; they are stored like those of the cams stage.
 
-    of: the trained network. maps: the soft maps to start from. beta: power of the affinities (PSA 8, IRN 10). steps:
-    of the walk (PSA and IRN 256, SEAM 64). tol: share that may be lost by not doing every step; 0 does them all.
-    background: whether one walks along (PSA: alpha 16, SEAM: alpha 6, IRN: none). radius: of the neighbourhood with
-    boundaries from irn, in cells of 4 pixels; a psa network has its own. flip: boundaries are averaged with those of
-    the mirror image (irn). batch: images of the same size that go through the network together.
+    of: the trained network. maps: the soft maps to start from. power: what they are raised to before (AMN 1.3). beta:
+    power of the affinities (PSA 8, IRN 10). steps: of the walk (PSA and IRN 256, SEAM 64). tol: share that may be lost
+    by not doing every step; 0 does them all. background: whether one walks along (PSA: alpha 16, SEAM: alpha 6, IRN:
+    none). radius: of the neighbourhood with boundaries from irn, in cells of 4 pixels; a psa network has its own. flip:
+    boundaries are averaged with those of the mirror image (irn). batch: images of the same size that go through the
+    network together.
     """
     samples = ctx.source.split("train")
     outputs = [map_path(ctx.out, name) for name in samples.names]
@@ -83,7 +85,7 @@ def walk(
             found = net(images) if isinstance(net, AffinityNet) else edges(net, images, flip=flip)
         for index, own in zip(indices, found.to(device), strict=True):
             stored = maps_of(maps, samples.names[index], (images.shape[2], images.shape[3]))
-            start = torch.from_numpy(stored.maps).float().to(device)
+            start = torch.from_numpy(stored.maps).float().to(device) ** power
             if len(start):
                 ground = background(start)
                 rows = start if ground is None else torch.cat([start, ground])
