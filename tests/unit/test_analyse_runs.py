@@ -323,7 +323,7 @@ class TestCompare:
         assert "\n" not in str(fault.value)
 
     def test_an_unknown_stage(self, runs, analyse):
-        with pytest.raises(UserError, match="--stage hole: no cams or .*attention.* stage of this run; there is half"):
+        with pytest.raises(UserError, match=r"--stage hole: no cams or .*attention.* stage of this run; there is half"):
             analyse("compare", runs["plain"], runs["seed"], "--stage", "hole")
 
 
