@@ -152,12 +152,12 @@ def _component(table: Table, name: Any, settings: Any, path: str, faults: list[s
     return _check(table[name], settings, path, faults)
 
 
-def meant(word: str, known: Mapping[str, Any]) -> str:
-    """ "did you mean temperature?" where something is close, else the list of what there is, or who lists it."""
+def meant(word: str, known: Mapping[str, Any], listed_by: str = "tag2mask ls") -> str:
+    """ "did you mean temperature?" where something is close, else the list of what there is, or what lists it."""
     close = difflib.get_close_matches(word, known, n=1)
     if close:
         return f"did you mean {close[0]}?"
-    return f"there is {', '.join(sorted(known)) or 'nothing to set'}" if len(known) <= LISTED else "see `tag2mask ls`"
+    return f"there is {', '.join(sorted(known)) or 'nothing to set'}" if len(known) <= LISTED else f"see `{listed_by}`"
 
 
 def make(component: Callable[..., Any], settings: Settings, **provided: Any) -> Any:

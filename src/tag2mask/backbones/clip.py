@@ -164,8 +164,8 @@ def load_clip(settings: CLIPSettings) -> CLIP:
     open_clip = _open_clip()
     name, path = settings.name, Path(settings.weights or "")
     if name not in open_clip.list_models():
-        close = meant(name, dict.fromkeys(open_clip.list_models()))
-        raise UserError(f"clip.name: open_clip has no model {name!r}; {_short(close, 'open_clip.list_models()')}")
+        close = meant(name, dict.fromkeys(open_clip.list_models()), "open_clip.list_models()")
+        raise UserError(f"clip.name: open_clip has no model {name!r}; {close}")
     if not _is_plain(open_clip.get_model_config(name)):
         raise UserError(f"clip.name: the image tower of {name} is no plain ViT; take ViT-B-16-quickgelu")
     if path.suffix in FILES:
@@ -232,7 +232,3 @@ def _where(open_clip: ModuleType, name: str, tag: str) -> str:
     else:
         address = source.get("url") or "the file of this model"
     return f"get {address} on a machine with network and give its path as clip.weights"
-
-
-def _short(text: str, otherwise: str) -> str:
-    return text if len(text) < 200 else f"see `{otherwise}`"

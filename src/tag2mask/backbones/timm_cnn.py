@@ -84,7 +84,8 @@ def _create(settings: BackboneSettings) -> nn.Module:
 
     if not timm.is_model(settings.name):
         known = dict.fromkeys([*timm.list_models(), "resnet38"])
-        raise UserError(f"backbone.name: timm has no model {settings.name!r}; {_short(meant(settings.name, known))}")
+        close = meant(settings.name, known, "timm.list_models()")
+        raise UserError(f"backbone.name: timm has no model {settings.name!r}; {close}")
     dilation = {} if settings.output_stride == 32 else {"output_stride": settings.output_stride}
     try:
         model: nn.Module = timm.create_model(settings.name, num_classes=0, global_pool="", **dilation)
@@ -110,10 +111,6 @@ def _create(settings: BackboneSettings) -> nn.Module:
     if not settings.dilate:
         _undilate(model)
     return model
-
-
-def _short(text: str) -> str:
-    return text if len(text) < 200 else "see `timm.list_models()`"
 
 
 def _undilate(model: nn.Module) -> None:
