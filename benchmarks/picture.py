@@ -58,7 +58,7 @@ def main() -> None:
         pictures = (
             image,
             heatmap(image, best_class(maps)[1].numpy()),
-            overlay(image, read_mask(mask_path(folders["labels"], name), len(source.classes))),
+            overlay(image, read_mask(mask_path(folders["crf"], name), len(source.classes))),
             overlay(image, segmented),
             overlay(image, samples.mask(index)),
         )
