@@ -155,7 +155,7 @@ def describe(name: str) -> dict[str, Any]:
     Raises UserError for an unknown name.
     """
     found: dict[str, Any] = {"name": name}
-    if name in recipes.built_in():
+    if name in recipes.names():
         found["text"] = recipes.load_text(name).rstrip()
     everything: dict[str, Callable[..., Any]] = {
         **recipes.SOURCES, **BASELINES, **METHODS, **AFFINITY_NETS, **BOUNDARY_NETS, **SEGMENTERS,
@@ -164,7 +164,8 @@ def describe(name: str) -> dict[str, Any]:
     if name not in everything and "text" in found:
         return found
     if name not in everything:
-        raise UserError(f"nothing is called {name!r}; {schema.meant(name, {**everything, **recipes.built_in()})}")
+        known = dict.fromkeys([*everything, *recipes.names()])
+        raise UserError(f"nothing is called {name!r}; {schema.meant(name, known)}")
     component = everything[name]
     settings = [
         {
