@@ -138,9 +138,9 @@ class Memory(TrainingOnly):
         if self.start == "copy":
             first = (self.writes[slot] == 0) & (later == times - 1)
             weight = torch.where(first, weight / (1 - self.momentum), weight)
-        kept = self.rows[slot] * (self.momentum ** times.to(vectors.dtype))[:, None]
+        kept = self.rows[slot].mul_((self.momentum ** times.to(vectors.dtype))[:, None])
         self.rows.index_copy_(0, slot, kept)  # all that name a slot write the same, and 1 times it if none is present
-        self.rows.index_add_(0, slot, torch.where(present[:, None], weight[:, None] * vectors, 0))
+        self.rows.index_add_(0, slot, vectors.masked_fill(~present[:, None], 0).mul_(weight[:, None]))
         self.writes.add_(counts)
 
     def filled(self) -> Tensor:
