@@ -28,6 +28,8 @@ def shrunk(name: str, *, seed: int = 0) -> list[str]:
             own += [f"net.{setting}" for setting in [f"backbone={BACKBONE}", *sizes]]
         for method in given.get("methods") or ():
             own += [f"methods.{method}.{setting}" for setting in METHODS.get(method, [])]
+        if given["do"] == "clip_es":
+            own.append("clip.weights=null")
         if "train" in given:
             own.append(f"train={{steps: 3, batch: 4, lr: 0.001, seed: {seed}}}")
         if "augment" in given:
