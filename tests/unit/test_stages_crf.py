@@ -96,7 +96,7 @@ def miou(found):
     return total.scores().miou
 
 
-def one_by_one(cams, background, kernels, unary, *, gt_prob=0.7, steps=10):
+def one_by_one(cams, background, kernels, unary, *, gt_prob=0.7, steps=10, sure=0.0):
     samples, found = Cropped().split("train"), []
     for index, name in enumerate(samples.names):
         stored = read_maps(map_path(cams, name))
@@ -112,7 +112,9 @@ def one_by_one(cams, background, kernels, unary, *, gt_prob=0.7, steps=10):
         else:
             seeds = to_mask(maps, torch.arange(len(maps)), score).numpy()
             marginals = run.from_labels(seeds, len(maps) + 1, gt_prob=gt_prob, steps=steps)
-        found.append(np.array([0, *(stored.classes + 1)], np.uint8)[marginals.argmax(axis=0)])
+        mask = np.array([0, *(stored.classes + 1)], np.uint8)[marginals.argmax(axis=0)]
+        mask[marginals.max(axis=0) < sure] = 255
+        found.append(mask)
     return found
 
 
@@ -132,6 +134,7 @@ def almost_equal(one, two):
             {"unary": "labels", "gt_prob": 0.6, "gaussian": (2.0, 1.0), "bilateral": (30.0, 8.0, 5.0)},
             {"gaussian": Gaussian(2, 1), "bilateral": Bilateral(30, 8, 5)}, "labels", {"gt_prob": 0.6},
         ),
+        ({"sure": 0.95, "preset": "deeplab"}, PRESETS["deeplab"], "scores", {"sure": 0.95}),
     ],
 )  # fmt: skip
 def test_presets_and_settings(tmp_path, devices, cams, settings, kernels, unary, options):
@@ -153,6 +156,20 @@ def test_masks_are_better_than_seeds_and_hold_tagged_classes_only(tmp_path, devi
     assert almost_equal(
         masks(tmp_path / "power"), one_by_one(cams, Background(alpha=2.0), PRESETS["psa"], "scores")
     )  # fmt: skip
+
+
+def test_pixels_that_are_not_sure_are_255_and_the_others_what_they_were(tmp_path, devices, cams):
+    background, samples = Background(score=0.4), Cropped().split("train")
+    crf(context(tmp_path / "all", devices), of=cams, background=background)
+    crf(context(tmp_path / "sure", devices), of=cams, background=background, sure=0.95)
+    found, whole = masks(tmp_path / "sure"), masks(tmp_path / "all")
+    left_out = np.concatenate([(mask == 255).flatten() for mask in found])
+    assert 0.01 < left_out.mean() < 0.9 and not (found[4] == 255).any()
+    assert all(np.array_equal(mask[mask != 255], full[mask != 255]) for mask, full in zip(found, whole, strict=True))
+    refine = module.Refinement(background, "scores", 0.7, 10, PRESETS["psa"], 0.95)
+    given = context(tmp_path / "batches", devices), cams, refine, samples, range(12)
+    batches = dict(module._on_device(*given, frozenset(range(12)), 3))
+    assert almost_equal([batches[index] for index in range(12)], found)
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, devices, cams):

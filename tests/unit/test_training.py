@@ -1,9 +1,13 @@
 """Settings of a training, its optimiser groups and its learning rate."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
+from tag2mask.backbones import BackboneSettings
+from tag2mask.baselines import CAM, MCTformer
 from tag2mask.engine.training import Training, make_optimizer
 from tag2mask.errors import UserError
 
@@ -92,8 +96,17 @@ class TestLearningRate:
         assert both.lr_at(45, 60) == pytest.approx(0.1 * 0.25**0.9)
 
     def test_is_never_negative_or_complex(self):
-        training = Training(steps=10, warmup=1.0)
-        assert all(0 <= training.lr_at(step, 10) <= 1 for step in range(12))
+        for power in (0.9, "cosine"):
+            training = Training(steps=10, warmup=1.0, power=power)
+            assert all(0 <= training.lr_at(step, 10) <= 1 for step in range(12))
+
+    def test_cosine(self):
+        training = Training(steps=8, power="cosine")
+        expected = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+        assert [training.lr_at(step, 8) for step in range(8)] == pytest.approx(expected)
+        assert training.lr_at(4, 8) == pytest.approx(0.5) and training.lr_at(9, 8) == training.lr_at(7, 8) > 0
+        late = Training(steps=8, power="cosine", warmup=0.25)
+        assert [late.lr_at(step, 8) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, expected[2]])
 
 
 class Trunk(nn.Module):
@@ -135,6 +148,19 @@ class TestOptimizer:
 
     def test_adamw(self):
         assert isinstance(make_optimizer(Net(), Training(steps=1, optimizer="adamw")), torch.optim.AdamW)
+
+    @pytest.mark.parametrize("baseline", [CAM, MCTformer])
+    def test_tokens_and_positions_of_transformers_do_not_decay(self, baseline):
+        net = baseline(2, backbone=BackboneSettings(name="test_vit", output_stride=8, weights=None))
+        optimizer = make_optimizer(net, Training(steps=1, optimizer="adamw", lr_bias=3.0, weight_decay=0.05))
+        found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        plain = {name.rpartition(".")[2] for name, p in net.named_parameters()
+                 if p.ndim > 1 and found[id(p)]["weight_decay"] == 0}  # fmt: skip
+        tokens = {"cls_token", "pos_embed"} if baseline is CAM else {"grid", "tokens", "token_positions"}
+        assert plain == tokens
+        assert {found[id(p)]["factor"] for name, p in net.named_parameters() if name.rpartition(".")[2] in tokens} == {
+            1
+        }
 
     def test_a_module_that_is_all_backbone(self):
         factors = [group["factor"] for group in make_optimizer(Trunk(), Training(steps=1)).param_groups]

@@ -78,6 +78,10 @@ class ClassTokenViT(Trunk):
         self.dims = dict.fromkeys((*TAPS, "last"), self.tokens.shape[1])
         self.settle(settings, [])
 
+    def no_weight_decay(self) -> set[str]:
+        """Tokens and position embeddings, as in timm."""
+        return {"grid", "tokens", "token_positions"}
+
     def forward(self, images: Tensor) -> Features:
         """[B 3 H W] -> {tap: [B D h w]} and the three above."""
         x = self.embed(self._in_patches(images))

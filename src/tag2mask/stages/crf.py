@@ -18,7 +18,7 @@ from pydantic import Field
 from tag2mask import progress
 from tag2mask.data.maps import Maps
 from tag2mask.data.same_size import ahead, same_size_batches
-from tag2mask.data.source import Mask, Samples
+from tag2mask.data.source import IGNORE, Mask, Samples
 from tag2mask.export import write_mask
 from tag2mask.ops.cams import to_mask
 from tag2mask.refine.crf import (
@@ -52,6 +52,7 @@ class Refinement:
     gt_prob: float
     steps: int
     kernels: Kernels
+    sure: float = 0.0
 
     def energies(self, stored: Maps) -> NDArray[np.float32]:
         """Energies [1+P H W] of the background and the P tagged classes."""
@@ -61,6 +62,11 @@ class Refinement:
             seeds = to_mask(maps, torch.arange(len(maps)), ground)
             return unary_from_labels(seeds.numpy(), 1 + len(maps), gt_prob=self.gt_prob)
         return unary_from_softmax(torch.cat([ground.expand(1, *maps.shape[1:]), maps]).numpy())
+
+    def mask(self, best: NDArray[np.intp], share: NDArray[np.float32], stored: Maps) -> Mask:
+        """Places among background and tagged classes [H W] and their probabilities -> index mask."""
+        names = np.concatenate([[0], stored.classes + 1]).astype(np.uint8)
+        return np.where(share < self.sure, np.uint8(IGNORE), names[best])
 
 
 def crf(
@@ -74,6 +80,7 @@ def crf(
     steps: Annotated[int, Field(ge=0)] = 10,
     gaussian: tuple[Positive, Positive] | None = None,
     bilateral: tuple[Positive, Positive, Positive] | None = None,
+    sure: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     batch: BatchSize = 8,
 ) -> None:
     """Pseudo-masks: labels that follow the edges of the image, found by mean field in a dense CRF.
@@ -81,13 +88,14 @@ def crf(
     of: the soft maps. background: the background score. preset: kernels and unary as in PSA (scores), IRN (labels) or
     DeepLab (scores). unary: "scores" of background and maps, or the "labels" that win, each with probability gt_prob.
     steps: of mean field. gaussian: other numbers than the preset's, [pixels, weight]; bilateral: [pixels, colours,
-    weight]. batch: images of the same size that go through a GPU together; a CPU does one image per core.
+    weight]. sure: pixels whose label is less probable get 255, which no training learns from and every score counts as
+    missed. batch: images of the same size that go through a GPU together; a CPU does one image per core.
     """
     kernels = Kernels(
         gaussian=PRESETS[preset]["gaussian"] if gaussian is None else Gaussian(*gaussian),
         bilateral=PRESETS[preset]["bilateral"] if bilateral is None else Bilateral(*bilateral),
     )
-    refine = Refinement(background, unary or UNARY[preset], gt_prob, steps, kernels)
+    refine = Refinement(background, unary or UNARY[preset], gt_prob, steps, kernels, sure)
     samples = ctx.source.split("train")
     outputs = [mask_path(ctx.out, name) for name in samples.names]
     mine = ctx.devices.share(len(samples))
@@ -118,7 +126,7 @@ def _on_cores(
         found = DenseCRF(image, **refine.kernels)
         energies = refine.energies(stored)
         marginals = found.from_unary(energies, steps=refine.steps, counts=[1] * len(energies))
-        return index, _named(marginals.argmax(axis=0), stored)
+        return index, refine.mask(marginals.argmax(axis=0), marginals.max(axis=0), stored)
 
     return ahead(one, missing, _cores(ctx.devices.world) if ctx.workers else 0)
 
@@ -139,16 +147,10 @@ def _on_device(
             counts[row, : 1 + len(maps.classes)] = 1
         images, energies, counts = (x.to(ctx.devices.device) for x in (torch.from_numpy(pixels), energies, counts))
         marginals = dense_crf(images, energies, counts=counts, steps=refine.steps, backend="torch", **refine.kernels)
-        for index, maps, best in zip(indices, stored, marginals.argmax(dim=1).cpu().numpy(), strict=True):
+        shares, best = (x.cpu().numpy() for x in marginals.max(dim=1))
+        for row, (index, maps) in enumerate(zip(indices, stored, strict=True)):
             if index in missing:
-                yield index, _named(best, maps)
-
-
-def _named(best: NDArray[np.intp], stored: Maps) -> Mask:
-    """Places among background and tagged classes -> index mask."""
-    names = np.concatenate([[0], stored.classes + 1]).astype(np.uint8)
-    mask: Mask = names[best]
-    return mask
+                yield index, refine.mask(best[row], shares[row], maps)
 
 
 def _compile(labels: NDArray[np.integer]) -> None:
