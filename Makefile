@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -27,10 +28,10 @@ lint: $(INSTALLED) ## style, types, import order
 	$(BIN)/lint-imports
 
 test: lint ## everything that a change must pass
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-all: lint ## the same and the slow tests
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
 format: $(INSTALLED) ## rewrite the files in the house style
 	$(BIN)/ruff check --fix .
@@ -38,6 +39,10 @@ format: $(INSTALLED) ## rewrite the files in the house style
 
 bench: $(INSTALLED) ## the benchmarks, each beside its rival
 	@for file in benchmarks/*.py; do case $$file in */scene_sheet.py|*/picture.py|*/peak.py) ;; *) echo "== $$file"; $(BIN)/python $$file || exit 1;; esac; done
+
+docs: $(INSTALLED) ## the pages, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html"
 
 clean: ## remove the virtual environment and caches (never your work folders)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tag2mask.recipe import written_stages
 
 BACKBONE = "{name: test_resnet, weights: null, output_stride: 8}"
+TRANSFORMER = "{name: test_vit, weights: null, output_stride: 8}"
 NETS = {  # what of a network is too large for it
     "seam": ["size=32"],
     "eps": ["size=32"],
@@ -25,7 +26,8 @@ def shrunk(name: str, *, seed: int = 0) -> list[str]:
         own = []
         if "net" in given:
             sizes = NETS.get(given["net"]["name"], [])
-            own += [f"net.{setting}" for setting in [f"backbone={BACKBONE}", *sizes]]
+            backbone = TRANSFORMER if given["net"]["name"] == "mctformer" else BACKBONE
+            own += [f"net.{setting}" for setting in [f"backbone={backbone}", *sizes]]
         for method in given.get("methods") or ():
             own += [f"methods.{method}.{setting}" for setting in METHODS.get(method, [])]
         if given["do"] == "clip_es":

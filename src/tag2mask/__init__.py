@@ -6,7 +6,10 @@ The functions below are those of `tag2mask.api`; they are imported when first us
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Options", "evaluate", "folder_recipe", "load", "predict", "prepare", "run", "write_report"]
+__all__ = [
+    "Options", "evaluate", "export_masks", "export_onnx", "few_masks", "folder_recipe", "load", "load_segmenter",
+    "predict", "prepare", "run", "write_report",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

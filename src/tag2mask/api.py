@@ -5,30 +5,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
-
 from tag2mask import collect, progress, runner
 from tag2mask.backbones import patch_of
-from tag2mask.data.images import ENDINGS, read_image, read_mask
+from tag2mask.budget import run_few_masks
+from tag2mask.data.images import read_mask
 from tag2mask.data.names import scan
-from tag2mask.engine import Device, Devices
 from tag2mask.errors import UserError
-from tag2mask.export import overlay as overlay_mask
+from tag2mask.exporting import export_masks
+from tag2mask.findings import COUNTS
 from tag2mask.metrics import Confusion
-from tag2mask.pipeline import MANIFEST, make_folder, read_json
+from tag2mask.predicting import Prediction, export_onnx, find_model, load_segmenter, predict
 from tag2mask.recipe import Recipe, load, written, written_stages
-from tag2mask.report import render
+from tag2mask.report import render, write_csv
 from tag2mask.runner import Options, Run, prepare
-from tag2mask.stages.classify import MODEL
-from tag2mask.stages.crf import Preset
-from tag2mask.stages.segment import load_segmenter, predict_masks
 
-__all__ = ["Options", "Recipe", "Run", "evaluate", "folder_recipe", "load", "predict", "prepare", "run", "write_report"]
+__all__ = [
+    "Options", "Prediction", "Recipe", "Run", "evaluate", "export_masks", "export_onnx", "few_masks", "find_model",
+    "folder_recipe", "load", "load_segmenter", "predict", "prepare", "run", "write_report",
+]  # fmt: skip
 
 
 def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, work: str | Path = "work",
@@ -80,56 +77,35 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def write_report(work: str | Path, name: str | None = None) -> Path:
-    """Write the page of a run (the newest in `work`, or the one of recipe `name`) and return its path."""
-    record = collect.find_record(Path(work), name)
-    path = Path(work) / f"{record['name']}-report.html"
-    render(collect.summarise(Path(work), record), path)
+def write_report(work: str | Path, name: str | None = None, *, beside: Sequence[str | Path] = ()) -> Path:
+    """Write the page of a run (the newest in `work`, or the one of recipe `name`) and return its path.
+
+    beside: further work folders; runs in them that differ in the seed alone, or have no methods, stand beside this one.
+    Tags in doubt are listed in <recipe>-suspicions.csv beside the page. Raises UserError for a folder without a run.
+    """
+    folder, others = Path(work), [Path(other) for other in beside]
+    for other in others:
+        if not other.is_dir():
+            raise UserError(f"--with {other}: no such folder; give one that was used as --work")
+    record = collect.find_record(folder, name)
+    summary = collect.summarise(folder, record, others)
+    if summary.tags is not None:
+        write_csv(folder / summary.tags.file, summary.tags.suspects)
+    path = folder / f"{record['name']}-report.html"
+    render(summary, path)
     return path
 
 
-def find_model(path: str | Path) -> Path:
-    """The folder of a trained segmenter: `path` itself, or the newest finished one inside a work folder."""
-    folder = Path(path)
-    if (folder / MODEL).exists():
-        return folder
-    finished = [m.parent for m in folder.glob(f"segment-*/{MANIFEST}") if (m.parent / MODEL).exists()]
-    if not finished:
-        raise UserError(f"{folder}: no trained segmenter here; give a work folder or one of its segment-... folders")
-    return max(finished, key=lambda found: str(read_json(found / MANIFEST)["finished"]))
+def few_masks(
+    work: str | Path, counts: Sequence[int] = COUNTS, name: str | None = None, *,
+    options: Options = Options(),  # noqa: B008
+) -> Path:  # fmt: skip
+    """Train the segmenter of a run on a few true masks (`counts`), measure it, and write the run's page with the curve.
 
-
-def predict(
-    model: str | Path, images: str | Path, out: str | Path, *, overlays: bool = False, device: Device = "auto",
-    workers: int = 2, batch: int = 4, crf: Preset | None = None,
-) -> int:  # fmt: skip
-    """Masks of untagged images by a trained segmenter: `out`/masks/<name>.png, with overlays in `out`/overlays.
-
-    crf: the preset of a dense CRF that goes over the segmenter's probabilities, such as "deeplab".
-    Images that have a mask already are skipped. Returns the number of images. Raises UserError if the model or the
-    images cannot be read.
+    Returns the path of the page. Raises UserError if the run has no measured segmenter or there are not enough masks.
     """
-    devices = Devices(device)
-    segmenter = load_segmenter(find_model(model))
-    root, target = Path(images), Path(out)
-    found, _ = scan(root, ENDINGS, skip=[target])
-    if not found:
-        raise UserError(f"{root}: no images here (endings {', '.join(ENDINGS)})")
-    names = sorted(found)
-    twice = [name for name in names if len(found[name]) > 1]
-    if twice:
-        raise UserError(f"{root}: {twice[0]} exists with several endings, their masks would overwrite each other")
-    paths = [found[name][0] for name in names]
-    outputs = [target / "masks" / f"{name}.png" for name in names]
-    make_folder(target, "--out")
-    predict_masks(segmenter, partial(_nth, paths), outputs, devices, workers=workers, batch=batch, crf=crf)
-    if overlays and devices.main:
-        for path, mask in zip(paths, outputs, strict=True):
-            picture = overlay_mask(read_image(path), read_mask(mask, len(segmenter.classes)))
-            beside = target / "overlays" / mask.relative_to(target / "masks")
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            PIL.Image.fromarray(picture).save(beside)
-    return len(names)
+    _, name = run_few_masks(Path(work), name, counts, options)
+    return write_report(work, name)
 
 
 def evaluate(predicted: str | Path, truth: str | Path, classes: Sequence[str]) -> dict[str, Any]:
@@ -153,7 +129,3 @@ def evaluate(predicted: str | Path, truth: str | Path, classes: Sequence[str]) -
             raise UserError(f"{given[name][0]}: {pair[0].shape} pixels, but the truth has {pair[1].shape}")
         total.update(*pair)
     return {"images": len(wanted)} | total.scores().to_dict(classes)
-
-
-def _nth(paths: Sequence[Path], index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return read_image(paths[index])

@@ -6,12 +6,14 @@ import errno
 import json
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tag2mask import cli_analyse, cli_data, cli_export, cli_table, cli_weights
+from tag2mask import cli_analyse, cli_data, cli_export, cli_review, cli_table, cli_tags, cli_weights
+from tag2mask.cli_tags import Classes, Folder, List, Saliency, Score, Tags, Test, Truth, check, folder_settings
 from tag2mask.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ app = typer.Typer(
 app.add_typer(cli_analyse.app, name="analyse")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_export.app, name="export")
+app.add_typer(cli_tags.app, name="tags")
 app.add_typer(cli_weights.app, name="weights")
+app.command()(cli_review.review)
 app.command()(cli_table.table)
 
 Work = Annotated[
@@ -42,21 +46,6 @@ DeviceName = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help=
 Workers = Annotated[int, typer.Option(min=0, help="Processes (training) and threads (inference) that load images.")]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Optimiser steps between checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, for scripts.")]
-Folder = Annotated[Path, typer.Argument(help="Folder of images, searched with its sub-folders.")]
-Tags = Annotated[
-    Path | None,
-    typer.Option(
-        help="Tags: one-hot CSV, image,tags CSV, or JSON. Without it the names of the sub-folders are the tags."
-    ),
-]
-Classes = Annotated[str | None, typer.Option(help="Class names in order, separated by commas.")]
-List = Annotated[Path | None, typer.Option("--list", help="Text file: images to train on. Default: all but --test.")]
-Score = Annotated[Path | None, typer.Option(help="Text file: training images whose masks are scored. Default: all.")]
-Test = Annotated[Path | None, typer.Option(help="Text file: images kept for testing the segmenter.")]
-Truth = Annotated[Path | None, typer.Option("--masks", help="Folder of true masks (index PNG), used only for scoring.")]
-Saliency = Annotated[
-    Path | None, typer.Option(help="Folder of saliency maps (grey images), for baselines that need them.")
-]
 Backbone = Annotated[str | None, typer.Option(help="Any timm model, e.g. resnet50; or resnet38.")]
 Weights = Annotated[
     str | None, typer.Option(help='"hub" (download), a .safetensors or .pth file, or "none" (from scratch).')
@@ -96,7 +85,7 @@ def masks(
     """Masks for your tagged images, and a segmenter for those without tags."""
     from tag2mask import api
 
-    data = _folder_settings(tags, classes, list_, score, test, truth, saliency)
+    data = folder_settings(tags, classes, list_, score, test, truth, saliency)
     network = api.network_overrides(recipe, backbone=backbone, weights=weights, epochs=epochs)
     loaded = api.folder_recipe(folder, data, [*network, *(set_ or [])], recipe=recipe)
     _run(loaded, [], work, _options(device, workers, save_every), as_json)
@@ -104,19 +93,26 @@ def masks(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="A work folder, or one of its segment-... folders.")],
-    folder: Annotated[Path, typer.Argument(help="Folder of images; no tags are needed.")],
-    out: Annotated[Path, typer.Option(help="Where masks/ (and overlays/) are written.")] = Path("predicted"),
+    model: Annotated[Path, typer.Argument(help="A work folder, one of its segment-... folders, or an .onnx file.")],
+    images: Annotated[
+        list[str], typer.Argument(help='Folders, images, or quoted patterns ("in/**/*.jpg"); no tags are needed.')
+    ],
+    out: Annotated[Path, typer.Option(help="Where masks/ (and overlays/, scores/) are written.")] = Path("predicted"),
     overlays: Annotated[bool, typer.Option(help="Also write pictures of the masks over the images.")] = True,
+    soft: Annotated[
+        bool, typer.Option("--soft", help="Also write the probabilities: .npz, 2 bytes per pixel and class.")
+    ] = False,
     crf: Annotated[Literal["psa", "irn", "deeplab"] | None, typer.Option(help="Refine masks with a dense CRF.")] = None,
     device: DeviceName = "auto",
     workers: Workers = 2,
+    as_json: AsJson = False,
 ) -> None:
-    """Masks of untagged images by a trained segmenter."""
-    from tag2mask import api
+    """Masks of untagged images by a trained segmenter. The same command goes on where it was stopped."""
+    from tag2mask import api, tables
 
-    count = api.predict(model, folder, out, overlays=overlays, crf=crf, device=device, workers=workers)
-    typer.echo(f"{count} masks in {out / 'masks'}" + (f", pictures in {out / 'overlays'}" if overlays else ""))
+    found = api.predict(model, images, out, overlays=overlays, soft=soft, crf=crf, device=device, workers=workers)
+    if api.is_main_process():
+        typer.echo(json.dumps(asdict(found), indent=1) if as_json else tables.prediction(found))
 
 
 @app.command()
@@ -137,11 +133,28 @@ def evaluate(
 def report(
     work: Annotated[Path, typer.Argument(help="The folder that was used as --work.")] = Path("work"),
     name: Annotated[str | None, typer.Option(help="Of which recipe, if several were run there.")] = None,
+    with_: Annotated[
+        list[Path] | None, typer.Option("--with", help="Another work folder whose runs stand beside this one.")
+    ] = None,
 ) -> None:
     """Write the page of a run again and print its path."""
     from tag2mask import api
 
-    typer.echo(api.write_report(work, name))
+    typer.echo(api.write_report(work, name, beside=with_ or []))
+
+
+@app.command()
+def few_masks(
+    work: Annotated[Path, typer.Argument(help="The folder that was used as --work.")] = Path("work"),
+    counts: Annotated[str, typer.Option(help="How many true masks, separated by commas.")] = "5,10,20,50",
+    name: Annotated[str | None, typer.Option(help="Of which recipe, if several were run there.")] = None,
+    device: DeviceName = "auto", workers: Workers = 2, save_every: SaveEvery = 200,
+) -> None:  # fmt: skip
+    """How many masks would buy as much: a run's segmenter, trained on few true masks; the curve goes into its page."""
+    from tag2mask import api
+
+    numbers = [int(word) if word.strip().isdecimal() else 0 for word in counts.split(",")]
+    typer.echo(api.few_masks(work, numbers, name, options=_options(device, workers, save_every)))
 
 
 @app.command()
@@ -172,22 +185,7 @@ def status(
     typer.echo(json.dumps(state, indent=1) if as_json else tables.rows(state))
 
 
-@app.command()
-def check(
-    folder: Folder,
-    tags: Tags = None, classes: Classes = None, list_: List = None, score: Score = None, test: Test = None,
-    truth: Truth = None, saliency: Saliency = None,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Look a folder and its tags over: every fault in one report, or what there is."""
-    from tag2mask import tables
-    from tag2mask.data import folder as folders
-
-    given = _folder_settings(tags, classes, list_, score, test, truth, saliency)
-    source = folders.Folder(images=str(folder), **{key: value for key, value in given.items() if value is not None})
-    source.check()
-    summary = source.summary()
-    typer.echo(json.dumps(summary, indent=1) if as_json else tables.summary(summary))
+app.command()(check)
 
 
 @app.command()
@@ -215,21 +213,6 @@ def _options(device: Literal["auto", "cpu", "cuda", "mps"], workers: int, save_e
     from tag2mask.runner import Options
 
     return Options(device, workers, save_every)
-
-
-def _folder_settings(
-    tags: Path | None,
-    classes: str | None,
-    list_: Path | None,
-    score: Path | None,
-    test: Path | None,
-    truth: Path | None,
-    saliency: Path | None,
-) -> dict[str, Any]:
-    """The options of `masks` and `check` as arguments of data.folder.Folder."""
-    paths = {"tags": tags, "list": list_, "score": score, "test": test, "masks": truth, "saliency": saliency}
-    found: dict[str, Any] = {key: None if path is None else str(path) for key, path in paths.items()}
-    return found | {"classes": [name.strip() for name in classes.split(",")] if classes else None}
 
 
 def _run(recipe: Any, overrides: list[str], work: Path, options: Options, as_json: bool) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tag2mask import schema
+from tag2mask import findings, schema
 from tag2mask.baselines import BASELINES
 from tag2mask.data.images import read_mask
 from tag2mask.data.maps import map_path, read_maps
-from tag2mask.data.source import Samples
+from tag2mask.data.source import Samples, Split
 from tag2mask.engine import read_log
 from tag2mask.errors import UserError
 from tag2mask.export import heatmap, overlay, voc_palette
@@ -22,16 +23,21 @@ from tag2mask.ops.cams import best_class, to_mask
 from tag2mask.pipeline import MANIFEST, read_json
 from tag2mask.recipe import SOURCES
 from tag2mask.report import GalleryItem, Panel, RunSummary, StageRow, TrainingCurve
+from tag2mask.report.peers import Peers
 from tag2mask.stages.evaluate import PER_IMAGE, RESULT
 from tag2mask.stages.labels import MASKS, mask_path
 
 BEST, WORST = 4, 4
+FEW_MASKS = "-few-masks"  # what the names of runs on few masks end in
+NO_TAGS = ("few_masks", "predict", "evaluate_masks")  # kinds of stages that do without tags
 
 
 def find_record(work: Path, name: str | None) -> dict[str, Any]:
     """The record of a run in `work`: the one called `name`, else the newest. Raises UserError if there is none."""
     found = sorted(work.glob("*.run.json"), key=lambda path: path.stat().st_mtime)
-    if name is not None:
+    if name is None:  # what was only made to stand beside a run is no run to look at
+        found = [path for path in found if not path.name.endswith(f"{FEW_MASKS}.run.json")] or found
+    else:
         found = [path for path in found if path.name == f"{name}.run.json"]
     if not found:
         what = f"run of {name!r}" if name else "run"
@@ -53,8 +59,8 @@ def results(work: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def summarise(work: Path, record: Mapping[str, Any]) -> RunSummary:
-    """Everything the report page shows."""
+def summarise(work: Path, record: Mapping[str, Any], others: Sequence[Path] = ()) -> RunSummary:
+    """Everything the report page shows; `others` are work folders with runs to compare with."""
     manifests = {name: _manifest(work / stage["folder"]) for name, stage in record["stages"].items()}
     finished = {name: manifest for name, manifest in manifests.items() if manifest}
     notes = [f"Stage {name} is not finished." for name, manifest in manifests.items() if not manifest]
@@ -64,7 +70,17 @@ def summarise(work: Path, record: Mapping[str, Any]) -> RunSummary:
         if log.exists():
             curves.append(TrainingCurve(name, read_log(log)))
     last: Mapping[str, Any] = next(reversed(finished.values()), {})
-    classes = tuple(schema.make(SOURCES[record["data"]["name"]], record["data"]).classes)
+    source = schema.make(SOURCES[record["data"]["name"]], record["data"])
+    source.check(work / "checked-images.json", show=False)
+    classes, split = tuple(source.classes), cache(source.split)
+    tags = confidence = None
+    if {manifest["data"] for manifest in finished.values()} <= {source.fingerprint}:
+        tags = findings.tag_check(work, record, split, classes)
+        confidence = findings.confidence(work, record, split, classes)
+    else:
+        notes.append("The data have changed since this run, so that its maps are not looked at; run the recipe again.")
+    peers = Peers([work, *others])
+    compared, plain = findings.compared(work, record, peers)
     return RunSummary(
         title=record["title"],
         recipe=record["name"],
@@ -75,24 +91,31 @@ def summarise(work: Path, record: Mapping[str, Any]) -> RunSummary:
         versions=last.get("versions", {}),
         data={"name": record["data"]["name"], **record["summary"]},
         supervision=supervision(work, record),
-        stages=[_stage_row(name, record["stages"][name]["folder"], m) for name, m in finished.items()],
+        stages=[_stage_row(name, record["stages"][name], m) for name, m in finished.items()],
         curves=curves,
         results=results(work, record),
-        gallery=_gallery(work, record, finished, classes),
+        gallery=_gallery(work, record, finished, classes, split),
         notes=notes,
         legend=_legend(("background", *classes)),
+        tags=tags,
+        confidence=confidence,
+        compared=compared,
+        plain=plain,
+        few_masks=findings.few_masks(work, record, peers),
+        commands=findings.commands(work, record),
     )
 
 
-def _stage_row(name: str, folder: str, manifest: Mapping[str, Any]) -> StageRow:
+def _stage_row(name: str, stage: Mapping[str, Any], manifest: Mapping[str, Any]) -> StageRow:
     return StageRow(
         name,
         do=manifest["kind"],
-        folder=folder,
+        folder=stage["folder"],
         seconds=manifest["seconds"],
         peak_mb=manifest["peak_mb"],
         device=manifest["device"],
         settings=manifest["settings"],
+        inputs=stage["inputs"],
     )
 
 
@@ -108,7 +131,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def supervision(work: Path, record: Mapping[str, Any]) -> list[str]:
     """What the finished stages of a run learnt from: image tags, what the recipe or a network names, weights."""
-    found = ["image tags", *record.get("supervision", ())]  # a record of an earlier version has none
+    derived = record.get("summary", {}).get("tags_derived_from")  # masks know more than a person's tags
+    tags = f"image tags derived from {derived}" if derived else "image tags"
+    drawn = [stage for stage in record["stages"].values() if stage["kind"] == "few_masks"]
+    found = [tags] * any(stage["kind"] not in NO_TAGS for stage in record["stages"].values())
+    found += record.get("supervision", ())  # a record of an earlier version has none
+    if drawn:
+        counts = [_manifest(work / stage["folder"]).get("settings", {}).get("count", 0) for stage in drawn]
+        found.append(f"up to {max(counts)} true masks" if len(counts) > 1 else f"{counts[0]} true masks")
     for stage in record["stages"].values():
         net = _manifest(work / stage["folder"]).get("settings", {}).get("net")
         if net is None:
@@ -122,11 +152,13 @@ def supervision(work: Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def _gallery(
-    work: Path, record: Mapping[str, Any], finished: Mapping[str, Any], classes: tuple[str, ...]
+    work: Path,
+    record: Mapping[str, Any],
+    finished: Mapping[str, Any],
+    classes: tuple[str, ...],
+    split_of: Callable[[Split], Samples],
 ) -> list[GalleryItem]:
     """Images of the pseudo-masks and of the segmenter: the best and the worst where there is truth, else the first."""
-    source = schema.make(SOURCES[record["data"]["name"]], record["data"])
-    source.check(work / "checked-images.json", show=False)
     folders = {name: work / stage["folder"] for name, stage in record["stages"].items()}
     items: list[GalleryItem] = []
     for name, manifest in finished.items():
@@ -134,7 +166,7 @@ def _gallery(
             continue
         of = record["stages"][name]["inputs"]["of"]
         split = manifest["settings"]["split"]
-        samples = source.split(split)
+        samples = split_of(split)
         scores: dict[str, float] = {}
         if (folders[name] / PER_IMAGE).exists():
             scores = read_json(folders[name] / PER_IMAGE)

@@ -8,8 +8,11 @@ class UserError(Exception):
     """
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM arrived and the run was left resumable. `code` is the exit code to leave with."""
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM arrived and the run was left resumable. `code` is the exit code to leave with.
+
+    Like KeyboardInterrupt it is no Exception: what catches whatever a decoder raises must let it through.
+    """
 
     def __init__(self, code: int) -> None:
         super().__init__("stopped; the same command goes on from here")

@@ -89,7 +89,7 @@ def execute(
             continue
         say(f"{stage.name}: {'resuming' if state == 'partial' else 'start'} ({folder.name})")
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder, main):
+        with only_one(folder, f"{folder}: another run is working on this stage; wait for it or stop it", main):
             start = time.monotonic()
             facts = run(stage, folder, {parameter: i.folder(work) for parameter, i in stage.inputs.items()})
             wait()
@@ -135,8 +135,11 @@ LOCK = ".lock"
 
 
 @contextmanager
-def _only_one(folder: Path, main: bool) -> Iterator[None]:
-    """Two runs of the same stage at the same time would write into each other. The lock dies with its process."""
+def only_one(folder: Path, taken: str, main: bool = True) -> Iterator[None]:
+    """Two processes that write into one folder would disturb each other. The lock dies with its process.
+
+    Raises UserError with the line `taken` where another one holds it. Only the `main` process of a run locks.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: no such lock; the atomic manifest still keeps finished work whole
@@ -148,5 +151,5 @@ def _only_one(folder: Path, main: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another run is working on this stage; wait for it or stop it") from None
+            raise UserError(taken) from None
         yield

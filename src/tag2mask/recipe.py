@@ -213,16 +213,16 @@ def _text(which: str | Path) -> tuple[str, str]:
     return str(which), (package_files("tag2mask") / "recipes" / f"{which}.yaml").read_text(encoding="utf-8")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # in C, where PyYAML has it
     """Refuses a key that is given twice: the first of two stages of one name would be lost without a word."""
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.composer.ComposerError(None, None, f"{key} is given twice", node.start_mark)
-        return node
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

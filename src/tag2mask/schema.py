@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,8 +65,14 @@ class Field:
         """Whether a recipe must give it."""
         return self.default is inspect.Parameter.empty
 
+    @functools.cached_property
+    def adapter(self) -> TypeAdapter[Any]:
+        """What checks a value against the type."""
+        return TypeAdapter(self.type)
 
-def fields(component: Callable[..., Any]) -> dict[str, Field]:
+
+@functools.cache  # reading signatures is slow, and planning reads them again and again
+def fields(component: Callable[..., Any]) -> Mapping[str, Field]:
     """The parameters of a function, class or dataclass that a recipe may set, by name."""
     target: Any = component.__init__ if inspect.isclass(component) else component
     hints = get_type_hints(target, include_extras=True)
@@ -138,7 +145,7 @@ def _value(field: Field, value: Any, path: str, faults: list[str]) -> Any:
     if dataclasses.is_dataclass(field.type):
         return _check(field.type, value, path, faults)  # type: ignore[arg-type]
     try:
-        return TypeAdapter(field.type).validate_python(value)
+        return field.adapter.validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Input ")
         faults.append(f"{path}: {reason} (got {value!r})")

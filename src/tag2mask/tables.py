@@ -17,6 +17,7 @@ from tag2mask.baselines import BASELINES
 from tag2mask.errors import UserError
 from tag2mask.methods import METHODS
 from tag2mask.pipeline import MANIFEST, read_json
+from tag2mask.predicting import Prediction
 from tag2mask.refine import AFFINITY_NETS, BOUNDARY_NETS
 from tag2mask.runner import Run
 from tag2mask.segment import SEGMENTERS
@@ -191,6 +192,21 @@ def per_class(scores: Mapping[str, Any]) -> str:
         for name in scores["iou"]
     ]
     return f"{rows(table)}\nmean IoU {_percent(scores['miou'])} over {scores['images']} images"
+
+
+def prediction(found: Prediction) -> str:
+    """Share of each class, speed, and where everything is."""
+    table = [
+        {"class": row["class"], "%": f"{100 * row['pixels']:.1f}", "in images": row["images"]} for row in found.classes
+    ]
+    speed = "all there already"
+    if found.images_per_second is not None:
+        kept = f", {found.images - found.made:,} there already" if found.made < found.images else ""
+        speed = f"{found.images_per_second:.2g} images/s on {found.device}{kept}"
+    where = [f"{found.images:,} masks in {found.masks}"]
+    where += [f"pictures in {found.overlays}"] if found.overlays else []
+    where += [f"probabilities in {found.scores}"] if found.scores else []
+    return f"{rows(table)}\n{speed}\n{', '.join(where)}"
 
 
 def summary(found: Mapping[str, Any]) -> str:

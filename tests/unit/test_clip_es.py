@@ -201,7 +201,7 @@ class TestText:
         assert len(BACKGROUND) == len(set(BACKGROUND)) == 25
 
     def test_codes(self):
-        voc = recipe.load("voc12-clip-es", ["data.root=somewhere"]).stages["cams"]["names"]
+        voc = recipe.load("voc12-cpal-baseline-clip-es", ["data.root=somewhere"]).stages["cams"]["names"]
         known = ["car", "tv", "hot dog", "sky", "Cat", "猫头", "person with clothes,people,human", *voc.values()]
         unknown = ["Cr", "In", "RS", "c1", "class 12", "17", "label_3", "xyzzt"[0:1], "PS", "HCC"]
         assert codes([*known, *unknown]) == unknown
@@ -503,12 +503,12 @@ class TestStage:
         assert cost.disk == 2 * 10 * 16 * pairs
 
     def test_recipes(self, tmp_path):
-        voc = recipe.load("voc12-clip-es", ["data.root=somewhere"])
+        voc = recipe.load("voc12-cpal-baseline-clip-es", ["data.root=somewhere"])
         stage = voc.stages["cams"]
         assert STAGES[stage["do"]].function is clip_es
         assert tuple(stage["background"]) == BACKGROUND and tuple(stage["templates"]) == TEMPLATES
         assert stage["clip"] == {"name": "ViT-B-16-quickgelu", "weights": "openai"}
-        coco = recipe.load("coco14-clip-es", ["data.root=somewhere"]).stages["cams"]
+        coco = recipe.load("coco14-cpal-baseline-clip-es", ["data.root=somewhere"]).stages["cams"]
         assert set(BACKGROUND) - set(coco["background"]) == {"keyboard", "sign"} and len(coco["background"]) == 23
         assert (stage["box"], coco["box"]) == (0.4, 0.7)
         assert words_for(VOC_CLASSES, stage["names"])[-1] == "tvmonitor screen"
@@ -519,5 +519,5 @@ class TestStage:
         keys = []
         for content in (b"one", b"two"):  # the content of a file of weights is part of the key
             (tmp_path / "own.safetensors").write_bytes(content)
-            keys.append(recipe.load("voc12-clip-es", own).plan("x")[0].key)
+            keys.append(recipe.load("voc12-cpal-baseline-clip-es", own).plan("x")[0].key)
         assert keys[0] != keys[1]

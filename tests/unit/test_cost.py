@@ -66,7 +66,10 @@ def test_what_a_method_adds_is_counted():
 def test_masks_and_maps_on_disk():
     source, stages = planned("demo", QUICK)
     pixels, tags = 8 * 100 * 120, int(source.split("train").tags.sum())
-    assert cost_of(stages["masks"], source, (100, 120)) == Cost(0.0, CRF_SECONDS * pixels, MASK_BYTES * pixels)
+    _, told = planned("demo", [*QUICK, "masks.background.score=0.3"])
+    assert cost_of(told["masks"], source, (100, 120)) == Cost(0.0, CRF_SECONDS * pixels, MASK_BYTES * pixels)
+    chosen = cost_of(stages["masks"], source, (100, 120))  # goes over all 8 images seven times to choose the score
+    assert chosen == Cost(0.0, CRF_SECONDS * (8 * pixels), MASK_BYTES * pixels)
     assert cost_of(stages["cams"], source, (100, 120)).disk == 2 * 25 * 30 * tags
     assert cost_of(stages["tags"], source, (100, 120)) == Cost()
 

@@ -15,6 +15,8 @@ ON_COCO = {("RCA", "4"): "always", ("CPAL", "5"): "too"}  # tables; all others a
 ABLATED = {name: found[1] for name in WITH_ROWS if (found := re.match(r"# Ablation of ([\w-]+):", load_text(name)))}
 SCORED = {  # kind of the stage that is scored -> kind of the evaluation, and its split
     "cams": ("evaluate_maps", "score"),
+    "clip_es": ("evaluate_maps", "score"),
+    "pacam": ("evaluate_maps", "score"),
     "attention": ("evaluate_maps", "score"),
     "amn_maps": ("evaluate_maps", "score"),
     "walk": ("evaluate_maps", "score"),

@@ -23,7 +23,7 @@ from tag2mask.ops.cams import best_class, to_mask
 from tag2mask.pipeline import write_json
 from tag2mask.report import Panel
 
-KINDS = ("cams", "clip_es", "attention", "amn_maps")
+KINDS = ("cams", "clip_es", "pacam", "attention", "amn_maps")
 
 
 def compare(

@@ -142,6 +142,11 @@ class CLIP(nn.Module):
         """(output of the last block [B T D], its attention [B T T]), given what it reads and `enter` of that."""
         return _through(cast(Any, self.model).visual.transformer.resblocks[-1], tokens, entered)
 
+    def patches(self, tokens: Tensor) -> Tensor:
+        """The patches (not the class token) after the last norm, projected: [B T-1 D]; `embedding` is their mean."""
+        visual = cast(Any, self.model).visual
+        return cast(Tensor, visual.ln_post(tokens[:, 1:]) @ visual.proj)
+
     def embedding(self, tokens: Tensor) -> Tensor:
         """The mean of the patches (not the class token) after the last norm, projected: [B D] of length 1."""
         visual = cast(Any, self.model).visual

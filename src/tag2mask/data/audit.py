@@ -20,7 +20,7 @@ def rows_of_images(
     """The row of each used image. `strict`: a row that means no image is a fault; else it is passed over."""
     rows: dict[str, Row] = {}
     for row in table.rows:
-        name = finder.find(row.image)
+        name = image_of(row, finder)
         if name is None and strict:
             faults.add(Kind.NO_IMAGE, f"{row.place}: {finder.hint(row.image) or '(empty)'}")
         elif name in rows:
@@ -28,6 +28,15 @@ def rows_of_images(
         elif name is not None and name in used:
             rows[name] = row
     return rows
+
+
+def image_of(row: Row, finder: Finder) -> str | None:
+    """The image that a row means, None if none or several fit."""
+    for written in row.spellings or (row.image,):
+        if name := finder.find(written):
+            return name
+    uploaded = row.spellings and "/" not in row.image
+    return finder.find_upload(row.image) if uploaded else None
 
 
 def audit_cells(table: TagTable, faults: Faults) -> set[str]:
@@ -40,7 +49,9 @@ def audit_cells(table: TagTable, faults: Faults) -> set[str]:
     for cells in columns.values():
         shorten = len(cells) > 3 and len(columns) > 1  # so that one bad column does not hide another
         shown = [f"{cells[0]} (and {len(cells) - 1} more cells of this column)"] if shorten else cells
-        faults.add(Kind.BAD_CELL if table.columns else Kind.BAD_TAGS, shown, count=len(cells))
+        kind = Kind.BAD_CELL if table.columns else Kind.BAD_TAGS
+        remedy = f"correct them where they were made ({table.form})" if table.form else ""
+        faults.add(kind, shown, count=len(cells), remedy=remedy)
     return set(columns)
 
 

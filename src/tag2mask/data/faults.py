@@ -28,7 +28,8 @@ class Kind(Enum):
     )
     NO_TAGS = (
         "images without tags",
-        "add a row for each; an image that shows none of the classes gets a row with no tag (all cells 0)",
+        "add a row for each; an image that shows none of the classes gets a row with no tag (all cells 0). Or leave "
+        "them out: --list names the images to train on, and `tag2mask predict` needs no tags",
     )
     NO_FOLDER = (
         "images outside the tag folders",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tag2mask.data.faults import Faults, Kind
 from tag2mask.data.images import read_grey, read_image, read_mask
 from tag2mask.data.layout import lay_out
 from tag2mask.data.source import IGNORE, Image, Mask, Samples, Split
-from tag2mask.data.tags import TagTable, folder_tags, read_tags
+from tag2mask.data.tag_formats import name_tags, read_any
 from tag2mask.data.verify import Facts, File, Role, verify
 from tag2mask.errors import UserError
 
@@ -34,9 +35,10 @@ class Folder:
     """Somebody's own images with tags.
 
     images    folder of images, with sub-folders or without. An image's name is its path in there without ending.
-    tags      tag file (see `read_tags`). It may write names with ending or without, with the folders in front or
-              without, as long as each means one image only. None: the first sub-folder is the tag; one that is called
-              "background" holds images without any.
+    tags      tag file, or folder of such, in any form that `data.tag_formats.read_any` knows. It may write names with
+              ending or without, with the folders in front or without, as long as each means one image only. None: the
+              first sub-folder is the tag; one that is called "background" holds images without any; or the names end
+              with 0 or 1 for each of `classes`, "x[1 0 0 1].png".
     masks     folder of index masks (0 background, 1..K classes in order, 255 ignore) under the names of the images.
     list      text file, one name a line: train on these. Then only images on lists need tags, and rows of other
               images do not matter. None: all images but those in `test`.
@@ -72,16 +74,13 @@ class Folder:
         self._facts: Mapping[File, Facts] | None = None
         self._layout = lay_out(images, masks, saliency, list, score, test, self._faults)
         names = sorted(self._layout.finder.names)
-        if tags is None and not any("/" in name for name in names):
-            raise UserError(
-                f"{images}: no tags. Give a tag file (`tags`), or sort the images into a sub-folder per tag."
-            )
-
-        table = read_tags(Path(tags).expanduser()) if tags else folder_tags(names)
+        given = None if classes is None else _checked(classes)
+        table = read_any(Path(tags).expanduser(), given) if tags else name_tags(names, given, images)
         used = self._layout.used
         self._rows = rows_of_images(table, self._layout.finder, used, strict=list is None, faults=self._faults)
-        table = TagTable(table.columns, tuple(self._rows.values()))
-        self.classes = table.classes if classes is None else _checked(classes)
+        table = replace(table, rows=tuple(self._rows.values()))
+        self.classes = given or table.classes
+        self._notes, self._derived = table.notes, table.derived
         if len(self.classes) >= IGNORE:
             raise UserError(f"{self._where}: {len(self.classes)} classes, but a mask has room for {IGNORE - 1}.")
 
@@ -142,16 +141,19 @@ class Folder:
         if layout.all_in(name, layout.maps):
             sizes = tuple((facts[("image", path)].height, facts[("image", path)].width) for path in images)
             side["saliency"] = partial(_map, tuple(layout.maps[name] for name in names), sizes)
-        return Samples(names, self._tags(name), partial(_image, images), mask, side)
+        return Samples(names, self._tags(name), partial(_image, images), mask, side, images)
 
     def summary(self) -> dict[str, Any]:
         """What is in the data set, as plain numbers for JSON: images, positives by class and split, images without
-        any tag, masks, the spread of image sizes in pixels, and files in the folder that are no image to us, by ending.
+        any tag, masks, the spread of image sizes in pixels, and, where there are any, files in the folder that are no
+        image to us, by ending, notes on how the tags were read, and what the tags were derived from.
         """
         layout, facts = self._layout, self._checked_facts()
         tags = {split: self._tags(split) for split in layout.splits}
         pictures = [facts[("image", path)] for path in layout.images.values()]
-        unread = {"files_not_read": dict(layout.unread)} if layout.unread else {}
+        more: dict[str, Any] = {"files_not_read": dict(layout.unread)} if layout.unread else {}
+        more |= {"notes": "; ".join(self._notes)} if self._notes else {}
+        more |= {"tags_derived_from": self._derived} if self._derived else {}
         return {
             "images": len(pictures),
             "splits": {split: len(names) for split, names in layout.splits.items()},
@@ -163,7 +165,7 @@ class Folder:
             "masks": {split: sum(name in layout.masks for name in names) for split, names in layout.splits.items()},
             "width": _spread([picture.width for picture in pictures]),
             "height": _spread([picture.height for picture in pictures]),
-            **unread,
+            **more,
         }
 
     def _checked_facts(self) -> Mapping[File, Facts]:

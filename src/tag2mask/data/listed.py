@@ -112,7 +112,7 @@ class Listed:
         if _all_in(names, self._saliency):
             sizes = tuple((facts["image", path].height, facts["image", path].width) for path in images)
             side["saliency"] = partial(_map, tuple(self._saliency[name] for name in names), sizes)
-        return Samples(tuple(names), self._one_hot(names), partial(_image, images), mask, side)
+        return Samples(tuple(names), self._one_hot(names), partial(_image, images), mask, side, images)
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON: images, positives by class and split, images without a tag, masks, image sizes."""

@@ -51,6 +51,7 @@ class Finder:
         self._unread = unread or {}
         self._by_last: dict[str, list[str]] = defaultdict(list)
         self._loosely: dict[str, list[str]] = defaultdict(list)
+        self._by_upload: dict[str, list[str]] = defaultdict(list)
         for name in sorted(self.names):
             self._by_last[_last(name)].append(name)
             self._loosely[_loose(name)].append(name)
@@ -68,6 +69,14 @@ class Finder:
             if len(near) == 1:
                 return near[0]
         return None
+
+    def find_upload(self, written: str) -> str | None:
+        """The one image that an upload to a web tool renamed to this: "my photo (1).jpg" to "my_photo_1.jpg"."""
+        if not self._by_upload:
+            for name in self.names:
+                self._by_upload[_as_uploaded(_last(name))].append(name)
+        near = self._by_upload.get(_as_uploaded(_last(without_ending(clean(written)))), [])
+        return near[0] if len(near) == 1 else None
 
     def hint(self, written: str) -> str:
         """The written name, with what may have been meant."""
@@ -137,6 +146,10 @@ def _last(name: str) -> str:
 
 def _fits(name: str, other: str) -> bool:
     return name.endswith("/" + other) or other.endswith("/" + name)
+
+
+def _as_uploaded(name: str) -> str:
+    return re.sub(r"[^\w.-]", "", name.strip().replace(" ", "_"))
 
 
 def _loose(name: str) -> str:

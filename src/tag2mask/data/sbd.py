@@ -15,7 +15,7 @@ from tag2mask.data.images import read_mask
 from tag2mask.data.index_png import write_mask
 from tag2mask.data.source import Mask
 from tag2mask.data.voc12 import CLASSES, LISTS, list_file
-from tag2mask.errors import Interrupted, UserError
+from tag2mask.errors import UserError
 
 HOME = "benchmark_RELEASE/dataset"  # where the official archive puts everything
 MASKS = "SegmentationClassAug"
@@ -55,8 +55,6 @@ def read_sbd(path: Path) -> Mask:
         mask = np.asarray(loadmat(str(path))["GTcls"]["Segmentation"][0, 0])
         if mask.ndim != 2 or mask.dtype != np.uint8 or mask.max() > len(CLASSES):
             raise ValueError(f"{mask.shape} {mask.dtype}")
-    except Interrupted:
-        raise
     except Exception as reason:  # on damaged bytes the reader raises whatever it stumbles over
         raise UserError(f"{path}: is no mask of SBD ({reason}); delete it and prepare sbd again") from reason
     return mask

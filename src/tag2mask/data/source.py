@@ -25,6 +25,7 @@ class Samples:
     `tags` is [N K] of 0/1. `image(i)` gives [H W 3] RGB uint8. `mask(i)` gives [H W] uint8 with values
     0 (background), 1..K in class order and 255 (ignore); it exists only where `has_masks`.
     `side` holds further maps by name (e.g. "saliency"), each `f(i)` giving [H W] float32 in 0..1.
+    `files` are the files of the images; None where they are drawn.
     """
 
     names: Sequence[str]
@@ -32,6 +33,7 @@ class Samples:
     image: Callable[[int], Image]
     mask: Callable[[int], Mask] | None = None
     side: dict[str, Callable[[int], NDArray[np.float32]]] = field(default_factory=dict)
+    files: Sequence[Path] | None = None
 
     @property
     def has_masks(self) -> bool:

@@ -30,19 +30,30 @@ class Row:
     tags: tuple[str, ...]
     place: str  # where to look in the file, e.g. "row 12"
     problems: tuple[tuple[str, str], ...] = ()  # (column, cell) of what could not be read
+    spellings: tuple[str, ...] = ()  # what the image may be called instead of `image`, in the order to be tried
 
 
 @dataclass(frozen=True)
 class TagTable:
-    """`columns` are the class columns of a one-hot table in their order, else empty."""
+    """`columns` are the class columns of a one-hot table in their order, else empty.
+
+    order    the classes as the tool that wrote the tags has them in order, else empty
+    form     whose form it is, such as "labelme"; empty for our own
+    notes    what a reader must know of how the tags were taken
+    derived  what the tags were made from, if not by a person: "masks"
+    """
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
+    order: tuple[str, ...] = ()
+    form: str = ""
+    notes: tuple[str, ...] = ()
+    derived: str = ""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The columns' order if there are columns, else all tags sorted."""
-        return self.columns or tuple(sorted({tag for row in self.rows for tag in row.tags}))
+        """The columns' order if there are columns, or the tool's, else all tags sorted."""
+        return self.columns or self.order or tuple(sorted({tag for row in self.rows for tag in row.tags}))
 
 
 def read_tags(path: Path) -> TagTable:
@@ -170,7 +181,7 @@ def _row_of_names(place: str, row: list[str], column: int, width: int) -> Row:
 def _read_json(path: Path) -> TagTable:
     try:
         content = json.loads(read_text(path), object_pairs_hook=_Pairs)
-    except json.JSONDecodeError as reason:
+    except (json.JSONDecodeError, RecursionError) as reason:
         raise UserError(f"{path}: is not valid JSON: {reason}.") from None
     if isinstance(content, _Pairs):
         return TagTable((), tuple(_row_of_json(str(n), name, tags) for n, (name, tags) in enumerate(content, start=1)))

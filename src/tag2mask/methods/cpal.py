@@ -64,9 +64,17 @@ from torch import Tensor
 from tag2mask.core import FULL, Baseline, Batch, CamOutput, Losses, Method, Progress, View
 from tag2mask.errors import UserError
 from tag2mask.ops.cams import max_norm
-from tag2mask.ops.contrast import EXCLUDED, valid_on_grid
+from tag2mask.ops.context_prototypes import (
+    Measure,
+    context_prototypes,
+    feature_shift,
+    folded,
+    instance_prototypes,
+    positiveness,
+    temperature,
+)
+from tag2mask.ops.contrast import valid_on_grid
 from tag2mask.ops.gather import processes, sum_over_processes
-from tag2mask.ops.kmeans import kmeans
 from tag2mask.ops.memory import Memory
 from tag2mask.ops.momentum import MomentumPrototypes
 from tag2mask.ops.projection import Projection, cosine_maps
@@ -103,7 +111,7 @@ class CPAL(Method):
         detach: bool = True,
         positiveness: Literal["weighted", "uniform"] = "weighted",
         rank: Literal["weighted", "cosine"] = "weighted",
-        measure: Literal["dot", "cosine", "l1", "l2"] = "dot",
+        measure: Measure = "dot",
         gamma: float | None = None,
         align: Literal["features", "anchor", "both", "off"] = "features",
         align_mean: Literal["batch", "running"] = "batch",
@@ -132,7 +140,8 @@ class CPAL(Method):
         self.count, self.neighbours = prototypes, neighbours
         self.projection, self.dim, self.detach = projection, dim, detach
         self.weighted, self.rank_weighted = positiveness == "weighted", rank == "weighted"
-        self.measure, self.gamma = measure, gamma
+        self.measure: Measure = measure
+        self.gamma = gamma
         self.shift_features, self.shift_anchors = align in ("features", "both"), align in ("anchor", "both")
         self.running_mean, self.delta_scale, self.share = align_mean == "running", delta_scale, running
         self.ground = int(background == "bank")  # rows of the background, before those of the classes
@@ -144,9 +153,8 @@ class CPAL(Method):
         """Create the projection, the memory and the context prototypes."""
         self.project = Projection(self.projection, net.dims, dim=self.dim, detach=self.detach, unit=self.unit)
         self.project.requires_grad_(self.stop != "pacam")
-        dim, length = self.project.dim, self.project.length
-        suits = {"dot": length**2 / dim**0.5, "cosine": 1 / dim**0.5, "l1": length * dim**0.5, "l2": length}
-        self.scale = self.gamma or suits[self.measure]
+        dim = self.project.dim
+        self.scale = self.gamma or temperature(self.measure, dim, self.project.length)
         rows = self.ground + num_classes
         self.memory = Memory(rows, dim, capacity=self.capacity)
         self.average = MomentumPrototypes(rows, dim, share=self.share)
@@ -188,10 +196,9 @@ class CPAL(Method):
     @torch.no_grad()
     def on_epoch_start(self, epoch: int) -> None:
         """Context prototypes: the clusters of what the memory holds (eq. 5)."""
-        rows, present = self.memory.by_class()
-        contexts, found = kmeans(rows, present, self.count, seed=seed_of(epoch))
+        contexts, found = context_prototypes(*self.memory.by_class(), self.count, seed=seed_of(epoch))
         self.contexts.copy_(contexts)
-        self.found.copy_(found & (present.sum(dim=1, keepdim=True) >= 2))
+        self.found.copy_(found)
 
     @torch.no_grad()
     def after_step(self, net: Baseline) -> None:
@@ -239,10 +246,8 @@ class CPAL(Method):
             best = maps.amax(dim=1, keepdim=True)
             regions = torch.cat([((1 - best) / 2 >= best) & (valid > 0), regions], dim=1)
             maps = torch.cat([1 - best, maps], dim=1)
-        weights = regions * maps if self.weigh_pixels else regions.to(z)
-        totals = weights.sum(dim=(2, 3))[..., None]
-        anchors = torch.einsum("bchw,bdhw->bcd", weights, z) / torch.where(totals > 0, totals, 1)
-        return F.normalize(anchors, dim=2) if self.unit else anchors, totals[..., 0] > 0
+        anchors, exist = instance_prototypes(z, regions * maps if self.weigh_pixels else regions.to(z))
+        return F.normalize(anchors, dim=2) if self.unit else anchors, exist
 
     @torch.no_grad()
     def _batch_mean(self, anchors: Tensor, exist: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,33 +259,19 @@ class CPAL(Method):
     @torch.no_grad()
     def _shift(self, mean: Tensor, known: Tensor) -> Tensor:
         """delta (eq. 12) for mean instance prototypes [C D], [C D]; zero for a class that lacks either."""
-        count = self.found.sum(dim=1, keepdim=True)
-        shift = self.contexts.sum(dim=1) / count.clamp(min=1) - mean
-        return self.delta_scale * torch.where((count > 0) & known[:, None], shift, 0)
+        return self.delta_scale * feature_shift(self.contexts, self.found, mean, known)
 
     @torch.no_grad()
     def _aware(self, anchors: Tensor) -> Tensor:
         """sum_i w_i p_i / |p_i| over the soft positive neighbours of anchors [B C D]."""
-        return torch.einsum("bcn,cnd->bcd", self._positiveness(anchors), F.normalize(self.contexts, dim=2))
+        return folded(self._positiveness(anchors), self.contexts)
 
     def _positiveness(self, anchors: Tensor) -> Tensor:
         """w_i (eq. 6, 7) for anchors [B C D]: [B C N_p], zero for all but the neighbours, summing to 1."""
-        there = self.found[None]
-        units = F.normalize(self.contexts, dim=2)
-        cosine = torch.einsum("bcd,cnd->bcn", F.normalize(anchors, dim=2), units)
-        if self.measure == "dot":
-            close = torch.einsum("bcd,cnd->bcn", anchors, self.contexts)
-        elif self.measure == "cosine":
-            close = cosine
-        else:
-            p, slow = 1.0 if self.measure == "l1" else 2.0, "donot_use_mm_for_euclid_dist"
-            close = -torch.cdist(anchors.transpose(0, 1), self.contexts, p=p, compute_mode=slow).transpose(0, 1)
-        logits = (close / self.scale).masked_fill(~there, EXCLUDED)
-        score = logits.softmax(dim=2) * cosine if self.rank_weighted else cosine
-        order = score.masked_fill(~there, -torch.inf).argsort(dim=2, descending=True, stable=True)
-        kept = torch.zeros_like(score).scatter(2, order[..., : self.neighbours], 1) * there
-        logits = logits if self.weighted else torch.zeros_like(logits)
-        return logits.masked_fill(kept == 0, EXCLUDED).softmax(dim=2)  # is the softmax over all, over its kept sum
+        return positiveness(
+            anchors, self.contexts, self.found, neighbours=self.neighbours, gamma=self.scale, measure=self.measure,
+            weighted=self.weighted, rank_weighted=self.rank_weighted,
+        )  # fmt: skip
 
     def _pacam(self, z: Tensor, anchors: Tensor, exist: Tensor, shift: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """M~ (eq. 13), [B C h w], and which of them there are, bool [B C 1 1]: zero elsewhere."""

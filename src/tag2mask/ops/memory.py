@@ -110,27 +110,25 @@ class Memory(TrainingOnly):
             return
         vectors, written, classes, index = self._staged
         self._staged = None
-        present = torch.zeros(len(index), len(self.cursor), dtype=torch.bool, device=index.device)
-        present = present.scatter(1, classes, written)
+        present = torch.zeros(len(index), len(self.cursor), dtype=torch.long, device=index.device)
+        present.scatter_(1, classes, written.long())
         if self.capacity is None:
-            own = self._slot[index]
-            present = present & (own >= 0)
-            slot = own.clamp(min=0)
+            slot = self._slot[index].gather(1, classes)
+            written = written & (slot >= 0)
             again = (index[:, None] == index).triu(1).to(vectors.dtype)  # an image may be in a batch twice
-            later = again @ present.to(vectors.dtype)
+            later = (again @ present.to(vectors.dtype)).gather(1, classes)
+            slot = slot.clamp(min=0)
         else:
-            total = present.sum(dim=0)
-            before = present.cumsum(dim=0) - 1
-            turn = torch.where(present, (self.cursor + before) % self.capacity, 0)
-            slot = self._place.gather(1, turn.T).T
-            later = torch.where(present, (total - 1 - before) // self.capacity, 0)
-            self.cursor.copy_((self.cursor + total) % self.capacity)
-        self._mix(vectors.flatten(0, 1), *(x.gather(1, classes).flatten() for x in (present, slot, later)))
+            turn = present.cumsum(dim=0)  # from 1; where nothing is written it is that of another, to no effect
+            slot = ((self.cursor + turn - 1) % self.capacity).gather(1, classes) + classes * self.capacity
+            later = ((turn[-1] - turn) // self.capacity).gather(1, classes)
+            self.cursor.add_(turn[-1]).remainder_(self.capacity)
+        self._mix(vectors.flatten(0, 1), written.flatten(), slot.flatten(), later.flatten())
 
     def _mix(self, vectors: Tensor, present: Tensor, slot: Tensor, later: Tensor) -> None:
         """slot <- m^t slot + sum_j (1 - m) m^later_j vector_j for the t vectors of a slot.
 
-        vectors [P D]; present [P]; slot [P]; later [P]: how many vectors of the same slot follow.
+        vectors [P D]; present [P]: which of them count; slot [P]; later [P]: how many vectors of the same slot follow.
         """
         counts = torch.zeros_like(self.writes).index_add_(0, slot, present.long())
         times = counts[slot]

@@ -10,13 +10,18 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 
 from tag2mask.report import words
+from tag2mask.report.advice import advice
+from tag2mask.report.areas import area_table
+from tag2mask.report.beside import beside_rows, class_rows, few_plot, worth_showing
+from tag2mask.report.confidence import confidence_rows
 from tag2mask.report.data import data_view
 from tag2mask.report.gallery import gallery
 from tag2mask.report.plots import threshold_plots, training_plots
-from tag2mask.report.results import cards, class_table, result_rows, share_table
+from tag2mask.report.results import cards, class_table, describe, result_rows
 from tag2mask.report.summary import RunSummary
+from tag2mask.report.suspicions import pictured, strong
 
-_TEMPLATES = ("page.html.jinja", "parts.html.jinja", "page.css")
+_TEMPLATES = ("page.html.jinja", "parts.html.jinja", "trust.html.jinja", "page.css")
 
 
 def render(summary: RunSummary, path: Path) -> None:
@@ -43,6 +48,7 @@ def render(summary: RunSummary, path: Path) -> None:
 
 def context(summary: RunSummary) -> dict[str, Any]:
     """What the template is given: the summary and everything computed from it."""
+    measured = {describe(r, summary.stages) for r in summary.results if r.get("miou") is not None}
     return {
         "run": summary,
         "cards": cards(summary),
@@ -53,7 +59,16 @@ def context(summary: RunSummary) -> dict[str, Any]:
         "colours": {name: f"rgb({r} {g} {b})" for name, (r, g, b) in summary.legend.items()},
         "thresholds": threshold_plots(summary.results),
         "by_class": class_table(summary),
-        "shares": share_table(summary),
+        "areas": area_table(summary),
+        "advice": advice(summary),
+        "beside": beside_rows(summary),
+        "class_gains": class_rows(summary),
+        "some_beside": worth_showing(summary.compared),
+        "confidence": confidence_rows(summary),
+        "suspects": pictured(summary.tags),
+        "suspect_images": len({s.image for s in strong(summary.tags.suspects)}) if summary.tags else 0,
+        "few": few_plot(summary.few_masks),
+        "can_try_few": {"Pseudo-masks", "Segmenter"} <= measured,
         "trainings": [(curve, plots) for curve in summary.curves if (plots := training_plots(curve))],
         "data": data_view(summary.data),
         "stage_seconds": sum(stage.seconds for stage in summary.stages),

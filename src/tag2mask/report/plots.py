@@ -32,12 +32,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A dot at (x, y); its label, if any, starts there, or ends there where `end` is set."""
+    """A dot at (x, y), with a line down to the axis if `drop`.
+
+    Its label, if any, starts there, or ends there where `end` is set.
+    """
 
     x: float
     y: float
     label: str
     end: bool
+    drop: bool = True
 
 
 @dataclass(frozen=True)

@@ -100,20 +100,26 @@ def _card(what: str, results: Sequence[Result]) -> Card:
         coverage = result.get("coverage")
         if coverage is None:
             return Card(what, "", "", [result["skipped"], where])
-        return Card(what, percent(coverage), "% coverage", [f"mIoU not measured: {result['skipped']}", where])
+        told = [f"mIoU not measured: {result['skipped']}", where, *_threshold(result)]
+        return Card(what, percent(coverage), "% coverage", told)
     if result["kind"] == "classifier":
         return Card(what, percent(result["map"]), "% mAP", [where])
-    details = [where]
+    details = [where, *_threshold(result)]
     if result.get("threshold") is not None:
-        details.append(
-            f"threshold {number(result['threshold'])}: {how_chosen(result['threshold_by'], result.get('thresholds'))}"
-        )
         same = [r for r in results if r is not result and (r["of"], r["split"]) == (result["of"], result["split"])]
         oracle = [r for r in same if r.get("threshold_by") == "oracle"]
         details += [f"oracle: {percent(r['miou'])} at {number(r['threshold'])}" for r in oracle[-1:]]
     if result.get("coverage") is not None and result["coverage"] < 0.9995:
         details.append(f"{percent(result['coverage'])} % of the pixels have an answer")
     return Card(what, percent(result["miou"]), "% mIoU", details)
+
+
+def _threshold(result: Result) -> list[str]:
+    """The background score and how it was chosen, if one is known."""
+    if result.get("threshold") is None:
+        return []
+    how = how_chosen(result["threshold_by"], result.get("thresholds"))
+    return [f"threshold {number(result['threshold'])}: {how}"]
 
 
 def _images(result: Result) -> str:
@@ -173,23 +179,6 @@ def class_table(summary: RunSummary) -> ClassTable | None:
         columns.append(Column(describe(result, summary.stages), f"{title} · {subtitle}", percent(mean), cells))
     small = any(cell.small for column in columns for cell in column.cells)
     caption = "Per class, in percent. P is precision, R recall." if small else "Per class, in percent."
-    return ClassTable(caption, rows, columns) if columns else None
-
-
-def share_table(summary: RunSummary) -> ClassTable | None:
-    """The share of each class in the masks that could not be measured; None if there are none."""
-    with_shares = [result for result in summary.results if "skipped" in result and result.get("shares")]
-    rows = _row_names(with_shares, ("shares",))
-    columns = [
-        Column(
-            describe(result, summary.stages),
-            f"{result['of']} · {result['split']} · share of pixels",
-            "",
-            [_cell(result["shares"].get(name)) for name in rows],
-        )
-        for result in with_shares
-    ]
-    caption = "Share of each class in the answered pixels, in percent."
     return ClassTable(caption, rows, columns) if columns else None
 
 

@@ -41,7 +41,7 @@ NETS = {**AFFINITY_NETS, **BOUNDARY_NETS}
 def psa(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps"))],
+    of: Annotated[Path, Input(("cams", "clip_es", "pacam", "attention", "amn_maps"))],
     net: Annotated[Settings, OneOf(AFFINITY_NETS)],
     train: Training,
     augment: Augment = Augment(),  # noqa: B008  (frozen)
@@ -66,7 +66,7 @@ def psa(
 def irn(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps"))],
+    of: Annotated[Path, Input(("cams", "clip_es", "pacam", "attention", "amn_maps"))],
     net: Annotated[Settings, OneOf(BOUNDARY_NETS)],
     train: Training,
     augment: Augment = Augment(),  # noqa: B008  (frozen)

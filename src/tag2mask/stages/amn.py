@@ -31,7 +31,7 @@ NETS = {"amn": AMN}
 def amn(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("cams", "clip_es", "attention"))],
+    of: Annotated[Path, Input(("cams", "clip_es", "pacam", "attention"))],
     net: Annotated[Settings, OneOf(NETS)],
     train: Training,
     augment: Augment = Augment(),  # noqa: B008  (frozen)

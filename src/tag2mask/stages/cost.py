@@ -26,11 +26,13 @@ from tag2mask.engine import Training
 from tag2mask.pipeline import Stage
 from tag2mask.refine import AFFINITY_NETS, BOUNDARY_NETS
 from tag2mask.refine.irn import IRNet, IRNObjective
+from tag2mask.refine.pacam import in_the_bank
 from tag2mask.refine.psa import AffinityNet, AffinityObjective
 from tag2mask.schema import make
 from tag2mask.segment import SEGMENTERS, DeepLab, SegmentObjective
 from tag2mask.segment import predict as probabilities
 from tag2mask.segment.amn import AMN, AMNObjective, shares
+from tag2mask.stages.background import FEW
 from tag2mask.stages.classify import build_objective, without_weights
 
 MASK_BYTES = 0.03  # of a pixel of an index mask as PNG, measured on photos
@@ -125,19 +127,35 @@ def _predict(stage: Stage, source: Source, size: Size) -> Cost:
 
 
 def _masks(stage: Stage, source: Source, size: Size) -> Cost:
-    pixels = len(source.split("train")) * size[0] * size[1]
-    return Cost(cpu_seconds=CRF_SECONDS * pixels if stage.kind == "crf" else 0.0, disk=MASK_BYTES * pixels)
+    images, area = len(source.split("train")), size[0] * size[1]
+    refined = images if stage.kind == "crf" else 0
+    if stage.settings["background"]["score"] == "auto":
+        refined += 7 * min(FEW, refined)  # to choose the score
+    return Cost(cpu_seconds=CRF_SECONDS * (refined * area), disk=MASK_BYTES * (images * area))
 
 
 def _clip_es(stage: Stage, source: Source, size: Size) -> Cost:
     """Every block once an image, the last once more and back for each tag."""
     samples = source.split("train")
+    depth, block = _clip_blocks(stage, size)
+    flops = block * (depth * len(samples) + 2 * float(samples.tags.sum()))
+    return Cost(flops=flops, disk=_maps_on_disk(source, size))
+
+
+def _pacam(stage: Stage, source: Source, size: Size) -> Cost:
+    """Every block once an image, and once more for an image in the bank."""
+    samples = source.split("train")
+    depth, block = _clip_blocks(stage.inputs["of"], size)
+    banked = in_the_bank(samples.tags, stage.settings["bank"]).any(axis=1).sum()
+    return Cost(flops=block * depth * float(len(samples) + banked), disk=_maps_on_disk(source, size))
+
+
+def _clip_blocks(stage: Stage, size: Size) -> tuple[int, float]:
+    """How many blocks the image tower of a clip_es stage has, and the operations of one on an image of this size."""
     with torch.device("meta"):  # its sizes are wanted, no weights
         net = load_clip(CLIPSettings(name=stage.settings["clip"]["name"], weights=None))
     tokens = 1 + math.prod(net.grid(size, stage.settings["longest"]))
-    block = 24.0 * tokens * net.width**2 + 4.0 * tokens**2 * net.width
-    flops = block * (net.depth * len(samples) + 2 * float(samples.tags.sum()))
-    return Cost(flops=flops, disk=_maps_on_disk(source, size))
+    return net.depth, 24.0 * tokens * net.width**2 + 4.0 * tokens**2 * net.width
 
 
 def _attention(stage: Stage, source: Source, size: Size) -> Cost:
@@ -146,9 +164,9 @@ def _attention(stage: Stage, source: Source, size: Size) -> Cost:
 
 COSTS: dict[str, Callable[[Stage, Source, Size], Cost]] = {
     "classify": _classify, "attention": _attention, "integrate": _integrate, "cams": _cams, "clip_es": _clip_es,
-    "psa": _affinity,
+    "pacam": _pacam, "psa": _affinity,
     "irn": _affinity, "amn": _amn, "amn_maps": _amn_maps, "walk": _walk, "labels": _masks, "crf": _masks,
-    "segment": _segment, "predict": _predict,
+    "segment": _segment, "few_masks": _segment, "predict": _predict,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,8 +34,9 @@ from tag2mask.refine.crf import (
 )
 from tag2mask.schema import Input
 from tag2mask.stages.affinity import maps_of
+from tag2mask.stages.background import Background, settled
 from tag2mask.stages.context import BatchSize, Context
-from tag2mask.stages.labels import Background, mask_path
+from tag2mask.stages.labels import mask_path
 
 Preset = Literal["psa", "irn", "deeplab"]
 Unary = Literal["scores", "labels"]
@@ -72,7 +73,7 @@ class Refinement:
 def crf(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps", "walk"))],
+    of: Annotated[Path, Input(("cams", "clip_es", "pacam", "attention", "amn_maps", "walk"))],
     background: Background,
     preset: Preset = "psa",
     unary: Unary | None = None,
@@ -85,11 +86,12 @@ def crf(
 ) -> None:
     """Pseudo-masks: labels that follow the edges of the image, found by mean field in a dense CRF.
 
-    of: the soft maps. background: the background score. preset: kernels and unary as in PSA (scores), IRN (labels) or
-    DeepLab (scores). unary: "scores" of background and maps, or the "labels" that win, each with probability gt_prob.
-    steps: of mean field. gaussian: other numbers than the preset's, [pixels, weight]; bilateral: [pixels, colours,
-    weight]. sure: pixels whose label is less probable get 255, which no training learns from and every score counts as
-    missed. batch: images of the same size that go through a GPU together; a CPU does one image per core.
+    of: the soft maps. background: the background score, or how it is chosen. preset: kernels and unary as in PSA
+    (scores), IRN (labels) or DeepLab (scores). unary: "scores" of background and maps, or the "labels" that win, each
+    with probability gt_prob. steps: of mean field. gaussian: other numbers than the preset's, [pixels, weight];
+    bilateral: [pixels, colours, weight]. sure: pixels whose label is less probable get 255, which no training learns
+    from and every score counts as missed. batch: images of the same size that go through a GPU together; a CPU does one
+    image per core.
     """
     kernels = Kernels(
         gaussian=PRESETS[preset]["gaussian"] if gaussian is None else Gaussian(*gaussian),
@@ -100,14 +102,21 @@ def crf(
     outputs = [mask_path(ctx.out, name) for name in samples.names]
     mine = ctx.devices.share(len(samples))
     missing = [index for index in mine if not outputs[index].exists()]
-    if not missing:
-        return
-    if ctx.devices.device.type in ("cpu", "mps"):
-        _compile(1 + samples.tags[missing].sum(axis=1))
-        made = _on_cores(ctx, of, refine, samples, missing)
-    else:
-        made = _on_device(ctx, of, refine, samples, mine, frozenset(missing), batch)
+
+    def make(refine: Refinement, among: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Mask]]:
+        if ctx.devices.device.type in ("cpu", "mps"):
+            _compile(1 + samples.tags[list(wanted)].sum(axis=1))
+            return _on_cores(ctx, of, refine, samples, wanted)
+        return _on_device(ctx, of, refine, samples, among, frozenset(wanted), batch)
+
+    def at_score(score: float, few: Sequence[int]) -> Iterator[tuple[int, Mask]]:
+        return make(replace(refine, background=Background(score=score), sure=0.0), few, few)
+
     with _one_thread_each():
+        refine = replace(refine, background=settled(ctx, of, background, at_score))
+        if not missing:
+            return
+        made = make(refine, mine, missing)
         done = len(mine) - len(missing)
         for index, mask in progress.track(made, "crf", len(mine), done, show=ctx.devices.main):
             write_mask(outputs[index], mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from tag2mask.metrics import Confusion, MaskShares, ThresholdCurve, mean_average
 from tag2mask.ops.cams import best_class
 from tag2mask.pipeline import Stage, write_json
 from tag2mask.schema import Input
+from tag2mask.stages.background import chosen
 from tag2mask.stages.classify import load_classifier
 from tag2mask.stages.context import BatchSize, Context
 from tag2mask.stages.labels import MASKS, mask_path
@@ -79,7 +80,7 @@ class Sweep:
 def evaluate_maps(
     ctx: Context,
     *,
-    of: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps", "walk"))],
+    of: Annotated[Path, Input(("cams", "clip_es", "pacam", "attention", "amn_maps", "walk"))],
     split: Split = "score",
     thresholds: Sweep = Sweep(),
 ) -> None:
@@ -113,7 +114,8 @@ def evaluate_maps(
 def evaluate_masks(ctx: Context, *, of: Annotated[Path, Input((*MASKS, "predict"))], split: Split = "score") -> None:
     """Masks against the truth of one split; without truth, the share of the pixels that each class covers.
 
-    of: the masks. split: train, score or test; the masks must exist for its images.
+    of: the masks. split: train, score or test; the masks must exist for its images. Images whose true masks helped to
+    choose the background score (val-masks) are left out; where none is left, all are scored and it is an oracle's.
     """
     samples = ctx.source.split(split)
     if len(samples) == 0:
@@ -121,20 +123,23 @@ def evaluate_masks(ctx: Context, *, of: Annotated[Path, Input((*MASKS, "predict"
     if not ctx.devices.main:
         return None
     classes = ctx.source.classes
-    total, shares = Confusion(len(classes)), MaskShares(len(classes))
+    total, shares, truths = Confusion(len(classes)), MaskShares(len(classes)), MaskShares(len(classes))
     per_image: dict[str, float] = {}
-    for name, mask, truth in progress.track(_pairs(ctx, of, samples), "masks", len(samples)):
+    kept, how = _unseen(of, samples)
+    for name, mask, truth in progress.track(_pairs(ctx, of, samples, kept), "masks", len(kept)):
         shares.update(mask)
         if truth is not None:
             own = Confusion(len(classes))
             own.update(mask, truth)
             total.merge(own)
+            truths.update(truth)
             per_image[name] = own.scores().miou
-    result = shares.to_dict(classes)
+    result = how | {"images": len(kept)} | shares.to_dict(classes)
     if samples.mask is None:
         return _write(ctx, "masks", split, samples, result | {"skipped": NO_MASKS})
+    result |= {"truth_shares": truths.to_dict(classes)["shares"]}
     write_json(ctx.out / PER_IMAGE, {name: score for name, score in per_image.items() if not np.isnan(score)})
-    return _write(ctx, "masks", split, samples, result | total.scores().to_dict(classes) | {"threshold_by": "recipe"})
+    return _write(ctx, "masks", split, samples, {"threshold_by": "recipe"} | result | total.scores().to_dict(classes))
 
 
 def check_split(source: Source, stage: Stage) -> None:
@@ -150,12 +155,24 @@ def check_split(source: Source, stage: Stage) -> None:
         )
 
 
-def _pairs(ctx: Context, of: Path, samples: Samples) -> Iterator[tuple[str, Mask, Mask | None]]:
+def _unseen(of: Path, samples: Samples) -> tuple[list[int], dict[str, Any]]:
+    """The images to score, and the threshold of their masks with how it was chosen, if it was."""
+    told = chosen(of)
+    if told is None:
+        return list(range(len(samples))), {}
+    seen = set(told.pop("looked_at"))
+    kept = [index for index, name in enumerate(samples.names) if name not in seen]
+    if kept and told["threshold_by"] != "oracle":
+        return kept, told
+    return list(range(len(samples))), told | {"threshold_by": "oracle"}
+
+
+def _pairs(ctx: Context, of: Path, samples: Samples, kept: Sequence[int]) -> Iterator[tuple[str, Mask, Mask | None]]:
     def one(index: int) -> tuple[str, Mask, Mask | None]:
         mask = read_mask(mask_path(of, samples.names[index]), len(ctx.source.classes))
         return samples.names[index], mask, samples.mask(index) if samples.mask else None
 
-    return ahead(one, range(len(samples)), ctx.workers)
+    return ahead(one, kept, ctx.workers)
 
 
 def _write(ctx: Context, kind: str, split: Split, samples: Samples, result: dict[str, Any]) -> None:

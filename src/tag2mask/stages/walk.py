@@ -56,7 +56,7 @@ def walk(
     ctx: Context,
     *,
     of: Annotated[Path, Input(("psa", "irn"))],
-    maps: Annotated[Path, Input(("cams", "clip_es", "attention", "amn_maps"))],
+    maps: Annotated[Path, Input(("cams", "clip_es", "pacam", "attention", "amn_maps"))],
     power: Positive = 1.0,
     beta: Positive = 10.0,
     steps: Annotated[int, Field(ge=1)] = 256,
