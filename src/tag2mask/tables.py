@@ -206,7 +206,9 @@ def prediction(found: Prediction) -> str:
     where = [f"{found.images:,} masks in {found.masks}"]
     where += [f"pictures in {found.overlays}"] if found.overlays else []
     where += [f"probabilities in {found.scores}"] if found.scores else []
-    return f"{rows(table)}\n{speed}\n{', '.join(where)}"
+    found_none = found.images > 0 and not any(row["images"] for row in found.classes[1:])
+    note = "\nno class in any image: the segmenter may have learnt too little, see its report" if found_none else ""
+    return f"{rows(table)}\n{speed}\n{', '.join(where)}{note}"
 
 
 def summary(found: Mapping[str, Any]) -> str:

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import tag2mask
-from tag2mask import schema
+from tag2mask import schema, tables
 from tag2mask.data.augment import normalise
 from tag2mask.data.images import read_mask
 from tag2mask.data.inputs import find_images, natural
 from tag2mask.errors import UserError
 from tag2mask.export import overlay
 from tag2mask.pipeline import MANIFEST, read_json, write_json
-from tag2mask.predicting import find_model, load_segmenter, predict
+from tag2mask.predicting import Prediction, find_model, load_segmenter, predict
 from tag2mask.refine.crf import PRESETS, DenseCRF
 from tag2mask.segment import SEGMENTERS
 from tag2mask.segment import predict as probabilities
@@ -295,6 +295,13 @@ class TestFolder:
         assert found.images == 1 and [p.name for p in (tmp_path / "one/masks").iterdir()] == ["shot_8.png"]
         assert json.loads(json.dumps(found.classes)) == found.classes
         assert read_json(tmp_path / "one/predict.json")["classes"] == list(CLASSES)
+
+
+@pytest.mark.parametrize(("images", "said"), [(0, True), (1, False)])
+def test_masks_of_background_alone_are_remarked_upon(images, said):
+    shares = [{"class": "background", "pixels": 1.0, "images": 3}, {"class": "cat", "pixels": 0.0, "images": images}]
+    text = tables.prediction(Prediction(3, 3, 1.0, 3.0, "cpu", shares, "masks", None, None))
+    assert ("no class in any image" in text) is said
 
 
 def test_the_example_in_the_readme_runs(model, tmp_path, monkeypatch, capsys):

@@ -317,9 +317,19 @@ class TestAdvice:
         assert self.of("cow (3), dog (19).", data=data)
         assert not self.of("Fewer than", data={"classes": {"cat": {"train": 20}}})
 
+    def test_few_steps(self):
+        def told(images, **train):
+            stages = [StageRow("seg", "segment", "", 1.0, settings={"train": {"batch": 16} | train})]
+            return self.of("was trained for", data={"splits": {"train": images}}, stages=stages)
+
+        assert told(240, epochs=5.0) == [("On few images let it see each more often.", "-s seg.train.epochs=20")]
+        assert told(240, epochs=20.0) == told(240, epochs=None, steps=75) == told(0, epochs=5.0) == []
+
     def test_weak_classifier_and_gap(self):
         weak = {**measured("classify", "classifier", "test", 0), "map": 0.7, "ap": {"cat": 0.9, "dog": 0.5, "x": None}}
-        stages = [StageRow("classify", "classify", "", 1.0, settings={"train": {"epochs": 5.0}, "net": {}})]
+        stages = [
+            StageRow("classify", "classify", "", 1.0, settings={"train": {"epochs": 5.0, "batch": 16}, "net": {}})
+        ]
         ((_, change),) = self.of("70.0 %", "50.0 % for dog", results=[weak], stages=stages)
         assert change == "-s classify.train.epochs=10"
         strong = weak | {"map": 0.81, "ap": {"cat": 0.81}}

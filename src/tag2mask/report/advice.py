@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from tag2mask.report.words import number, percent
 WEAK_CLASSIFIER = 0.8  # mean average precision below which maps cannot be good
 GAP = 0.15  # between the classifier's precision on training and on other images
 FEW_IMAGES = 20  # of a class
+FEW_STEPS = 300  # of a training; with that few, a segmenter may give background alone
 LOST, SWALLOWED = 0.005, 0.6  # share that a class has in the images tagged with it
 OUT_OF_SIZE = 2.0  # times the area of the true masks
 OFF = 0.02  # mIoU lost by the background score in use
@@ -33,7 +35,7 @@ class Advice:
 def advice(summary: RunSummary) -> list[Advice]:
     """What the numbers of this run suggest, what comes first in the pipeline first."""
     rules: tuple[Callable[[RunSummary], Iterator[Advice]], ...] = (
-        _few_images, _suspicious_tags, _weak_classifier, _overfitting, _from_scratch, _below_plain, _end_of_range,
+        _few_images, _few_steps, _suspicious_tags, _weak_classifier, _overfitting, _from_scratch, _below_plain, _end_of_range,
         _fixed_score, _areas, _no_crf, _few_masks,
     )  # fmt: skip
     return [found for rule in rules for found in rule(summary)]
@@ -48,6 +50,22 @@ def _few_images(summary: RunSummary) -> Iterator[Advice]:
             f"Fewer than {FEW_IMAGES} training images: {shown}.",
             "Tag more images of these classes; tags are cheap, and no setting makes up for them.",
         )
+
+
+def _few_steps(summary: RunSummary) -> Iterator[Advice]:
+    images = (summary.data.get("splits") or {}).get("train", 0)
+    for stage in _of_kind(summary, "classify", "segment"):
+        train: Mapping[str, Any] = stage.settings.get("train") or {}
+        if not images or not train.get("epochs"):  # steps were somebody's choice
+            continue
+        steps = round(train["epochs"] * images / train["batch"])
+        if steps < FEW_STEPS:
+            enough = math.ceil(FEW_STEPS * train["batch"] / images)
+            yield Advice(
+                f"{stage.name} was trained for {steps} steps: {images} images, {train['epochs']:g} epochs.",
+                "On few images let it see each more often.",
+                f"-s {stage.name}.train.epochs={enough}",
+            )
 
 
 def _suspicious_tags(summary: RunSummary) -> Iterator[Advice]:
