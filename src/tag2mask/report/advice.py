@@ -35,8 +35,8 @@ class Advice:
 def advice(summary: RunSummary) -> list[Advice]:
     """What the numbers of this run suggest, what comes first in the pipeline first."""
     rules: tuple[Callable[[RunSummary], Iterator[Advice]], ...] = (
-        _few_images, _few_steps, _suspicious_tags, _weak_classifier, _overfitting, _from_scratch, _below_plain, _end_of_range,
-        _fixed_score, _areas, _no_crf, _few_masks,
+        _few_images, _few_steps, _suspicious_tags, _weak_classifier, _overfitting, _from_scratch, _below_plain,
+        _end_of_range, _fixed_score, _areas, _no_crf, _few_masks,
     )  # fmt: skip
     return [found for rule in rules for found in rule(summary)]
 
