@@ -493,6 +493,11 @@ class TestNames:
         with pytest.raises(UserError, match="p: no tags"):
             name_tags(["a", "b"], None, "p")
 
+    def test_parts_of_a_data_set_are_no_tags(self):
+        with pytest.raises(UserError, match=r"^photos: its sub-folders \(test, train\) are parts .*photos/train, or"):
+            name_tags(["train/cat/1", "test/cat/2", "loose"], None, "photos")
+        assert by_image(name_tags(["train/1", "bus/2"], None, "photos")) == {"train/1": ("train",), "bus/2": ("bus",)}
+
     def test_folders_by_path(self, tmp_path):
         for name in ("cat/1", "cat/2", "background/3"):
             save(tmp_path / f"{name}.png", np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8))

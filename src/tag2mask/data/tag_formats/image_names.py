@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from tag2mask.data.tags import Row, TagTable, folder_tags
 from tag2mask.errors import UserError
 
+PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})  # of a data set
 _BRACKETS = re.compile(r"\[([01](?:[\s,_]*[01])*)\]$")
 
 
@@ -15,8 +16,8 @@ def name_tags(names: Iterable[str], classes: Sequence[str] | None, where: str) -
     """Tags of images from their names without ending: from brackets if most names have them, else from folders.
 
     Brackets hold 0 or 1 for each of `classes` in order, with spaces or commas between or nothing ("[1 0 0 1]",
-    "[1001]"). Raises UserError where there are brackets and no classes, and where there are neither brackets nor
-    folders; `where` begins that message.
+    "[1001]"). Raises UserError where there are brackets and no classes, where there are neither brackets nor folders,
+    and where the folders are the parts of a data set; `where` begins that message.
     """
     listed = sorted(names)
     if have_brackets(listed):
@@ -24,6 +25,12 @@ def name_tags(names: Iterable[str], classes: Sequence[str] | None, where: str) -
         return _bracketed(found, classes, where)
     if not any("/" in name for name in listed):
         raise UserError(f"{where}: no tags. Give a tag file (`tags`), or sort the images into a sub-folder per tag.")
+    folders = sorted({name.partition("/")[0] for name in listed if "/" in name})
+    if {folder.casefold() for folder in folders} <= PARTS:
+        raise UserError(
+            f"{where}: its sub-folders ({', '.join(folders)}) are parts of a data set, not tags. Give the one to train "
+            f"on, such as {where}/{folders[-1]}, or a tag file (`tags`)."
+        )
     return folder_tags(listed)
 
 
