@@ -61,6 +61,7 @@ class ReviewServer(ThreadingHTTPServer):
     """Serves one review on 127.0.0.1; `address` is what a person opens."""
 
     daemon_threads = True
+    request_queue_size = 128  # the usual 5 resets connections when many come at once
 
     def __init__(self, review: Review, port: int = 0) -> None:
         """Port 0 is any free one. Raises UserError where the port is taken."""
